@@ -1,0 +1,373 @@
+//! The one trait that the CPU reference and the device implement, so that `nn/` is written once.
+//!
+//! The operations are the fused ones of the training dataflow. Only *raw* convolution outputs and block outputs are
+//! ever stored; a raw output is a tensor plus the batch normalisation still owed to it ([`Raw`]), and whoever reads it
+//! applies that on load ([`Load`]). The same in reverse: a gradient tensor carries the batch-norm backward still owed to
+//! it ([`Owed`](Backend::Owed)), which is affine per channel, a·g + b·y + c, and is paid by the convolution that reads
+//! it. An implementation may do all of this in the prologues and epilogues of its kernels or in passes of its own.
+
+use crate::Result;
+use crate::tensor::{Conv, Real, Shape};
+use std::fmt::Debug;
+use std::ops::Range;
+
+/// A convolution with its batch normalisation: what it computes and where its values lie in the flat buffers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ConvNorm {
+    /// The convolution.
+    pub conv: Conv,
+    /// Its weights, in the parameter buffer.
+    pub weight: Range<usize>,
+    /// γ, in the parameter buffer.
+    pub gamma: Range<usize>,
+    /// β, in the parameter buffer.
+    pub beta: Range<usize>,
+    /// The running mean, in the statistics buffer.
+    pub running_mean: Range<usize>,
+    /// The running variance, in the statistics buffer.
+    pub running_var: Range<usize>,
+    /// Added to the variance.
+    pub epsilon: f64,
+    /// The weight of the *new* statistic in the running one (PyTorch's convention; TensorFlow's is one minus this).
+    pub momentum: f64,
+    /// Which estimate of the variance enters the running statistic.
+    pub variance: VarianceEstimator,
+}
+
+/// The estimate of the variance that the running statistic keeps. The normalisation itself always uses the biased one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VarianceEstimator {
+    /// Divided by n − 1 (PyTorch, TensorFlow's fused batch norm).
+    #[default]
+    Unbiased,
+    /// Divided by n (google/automl on TPU).
+    Biased,
+}
+
+/// Squeeze-excitation: gate = σ(W₂·SiLU(W₁·mean(x) + b₁) + b₂), one factor for each image and channel.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SqueezeExcite {
+    /// Channels of the gated tensor.
+    pub channels: usize,
+    /// Channels between the two layers.
+    pub reduced: usize,
+    /// W₁, \[reduced, channels\], in the parameter buffer.
+    pub reduce_weight: Range<usize>,
+    /// b₁.
+    pub reduce_bias: Range<usize>,
+    /// W₂, \[channels, reduced\].
+    pub expand_weight: Range<usize>,
+    /// b₂.
+    pub expand_bias: Range<usize>,
+}
+
+/// The classifier: logits = W·dropout(pooled) + b.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Classifier {
+    /// Pooled features.
+    pub features: usize,
+    /// Logits.
+    pub classes: usize,
+    /// W, \[classes, features\], in the parameter buffer.
+    pub weight: Range<usize>,
+    /// b.
+    pub bias: Range<usize>,
+}
+
+/// Stochastic depth of one block: a whole sample of the branch is dropped with probability `rate`, the others are
+/// divided by 1 − rate (Huang et al. 2016).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DropPath {
+    /// The probability to drop.
+    pub rate: f64,
+    /// The index of the block: part of the random stream.
+    pub block: u16,
+}
+
+/// Where the statistics of a normalisation come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// From the batch; the running statistics move.
+    Train,
+    /// From the running statistics, which stay.
+    Eval,
+}
+
+/// What follows a normalisation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// Nothing.
+    Identity,
+    /// SiLU.
+    Silu,
+}
+
+/// What all random numbers of a step depend on, beside their purpose.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StepKey {
+    /// The seed of the run.
+    pub seed: u64,
+    /// The epoch.
+    pub epoch: u32,
+    /// The index of each image in its dataset.
+    pub images: Vec<u32>,
+}
+
+/// A raw convolution output and the normalisation owed to it.
+pub struct Raw<B: Backend + ?Sized> {
+    /// The convolution's output, as it is.
+    pub y: B::Activation,
+    /// What a reader must apply first.
+    pub norm: B::Norm,
+}
+
+impl<B: Backend + ?Sized> Debug for Raw<B> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Raw").finish_non_exhaustive()
+    }
+}
+
+/// How a convolution reads its input.
+pub enum Load<'a, B: Backend + ?Sized> {
+    /// As stored.
+    Plain(&'a B::Activation),
+    /// SiLU(norm(y)).
+    Silu(&'a Raw<B>),
+    /// SiLU(norm(y)) · gate.
+    Gated(&'a Raw<B>, &'a B::Gate),
+}
+
+impl<B: Backend + ?Sized> Debug for Load<'_, B> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Plain(_) => "Plain",
+            Self::Silu(_) => "Silu",
+            Self::Gated(..) => "Gated",
+        })
+    }
+}
+
+impl<B: Backend + ?Sized> Clone for Load<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Backend + ?Sized> Copy for Load<'_, B> {}
+
+/// The gradient of a raw convolution output, in the form a·g + b·y + c.
+pub struct Gradient<'a, B: Backend + ?Sized> {
+    /// g: the gradient of the normalised output, of the shape of `raw.y`.
+    pub gradient: &'a B::Activation,
+    /// The output it belongs to.
+    pub raw: &'a Raw<B>,
+    /// The coefficients.
+    pub owed: &'a B::Owed,
+}
+
+impl<B: Backend + ?Sized> Debug for Gradient<'_, B> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Gradient").finish_non_exhaustive()
+    }
+}
+
+/// The flat buffers of a network on one backend.
+#[derive(Debug)]
+pub struct Variables<B: Backend + ?Sized> {
+    /// Every trainable value.
+    pub params: B::Buffer,
+    /// Its gradient, at the same place. Backward operations add to it.
+    pub grads: B::Buffer,
+    /// Running means and variances.
+    pub stats: B::Buffer,
+}
+
+/// The fused operations of a training step.
+///
+/// Shapes are NHWC. Every operation checks that its arguments fit before it computes anything and answers
+/// [`Error::Shape`](crate::Error::Shape) otherwise. Gradients of parameters are *added* to `vars.grads`.
+pub trait Backend {
+    /// The type of parameters, statistics and gradients.
+    type Element: Real;
+    /// A stored NHWC tensor.
+    type Activation: Debug;
+    /// A flat buffer of parameters, gradients or statistics.
+    type Buffer: Debug;
+    /// Per channel: scale, shift, mean and reciprocal deviation.
+    type Norm: Debug;
+    /// The gate of a squeeze-excitation and what its backward needs.
+    type Gate: Debug;
+    /// Per channel: the coefficients of a batch-norm backward.
+    type Owed: Debug;
+    /// The head's logits, their gradient once the loss is known, and what its backward needs.
+    type Head: Debug;
+
+    /// A flat buffer holding `values`.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    fn buffer(&self, values: Vec<Self::Element>) -> Result<Self::Buffer>;
+
+    /// The values of a flat buffer.
+    ///
+    /// # Errors
+    /// When they cannot be read back.
+    fn read(&self, buffer: &Self::Buffer) -> Result<Vec<Self::Element>>;
+
+    /// A tensor holding `values`, NHWC.
+    ///
+    /// # Errors
+    /// When the length is not that of the shape, or there is no memory for it.
+    fn tensor(&self, shape: Shape, values: Vec<Self::Element>) -> Result<Self::Activation>;
+
+    /// The values of a tensor, NHWC.
+    ///
+    /// # Errors
+    /// When they cannot be read back.
+    fn values(&self, x: &Self::Activation) -> Result<Vec<Self::Element>>;
+
+    /// The shape of a tensor.
+    fn shape(&self, x: &Self::Activation) -> Shape;
+
+    /// Sets what random numbers depend on, until the next call.
+    fn begin_step(&mut self, key: &StepKey);
+
+    /// Convolution with `x` transformed on load; in [`Mode::Train`] also the batch statistics of the output, which
+    /// move the running ones.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, or a batch with a single value per channel in [`Mode::Train`].
+    fn conv_norm(
+        &mut self,
+        layer: &ConvNorm,
+        x: Load<'_, Self>,
+        vars: &mut Variables<Self>,
+        mode: Mode,
+    ) -> Result<Raw<Self>>;
+
+    /// The gate for SiLU(norm(y)).
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    fn squeeze_excite(
+        &mut self,
+        layer: &SqueezeExcite,
+        x: &Raw<Self>,
+        vars: &Variables<Self>,
+    ) -> Result<Self::Gate>;
+
+    /// A block's output: act(norm(y)), dropped or kept per image, plus the skip connection.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    fn merge(
+        &mut self,
+        branch: &Raw<Self>,
+        act: Activation,
+        skip: Option<&Self::Activation>,
+        drop: Option<DropPath>,
+    ) -> Result<Self::Activation>;
+
+    /// Global average pool of SiLU(norm(y)), dropout with probability `dropout`, and the classifier.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    fn head(
+        &mut self,
+        layer: &Classifier,
+        x: &Raw<Self>,
+        dropout: f64,
+        vars: &Variables<Self>,
+    ) -> Result<Self::Head>;
+
+    /// The logits, \[images, classes\].
+    ///
+    /// # Errors
+    /// When they cannot be read back.
+    fn logits(&self, head: &Self::Head) -> Result<Vec<Self::Element>>;
+
+    /// Mean softmax cross entropy against soft targets \[images, classes\]; leaves its gradient in `head`.
+    ///
+    /// # Errors
+    /// When there are not images × classes targets.
+    fn cross_entropy(&mut self, head: &mut Self::Head, targets: &[f32]) -> Result<f64>;
+
+    /// Backward of [`head`](Self::head): the gradient of norm(y), with what its layer's batch norm owes.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    fn head_backward(
+        &mut self,
+        layer: &Classifier,
+        x: (&ConvNorm, &Raw<Self>),
+        head: &Self::Head,
+        vars: &mut Variables<Self>,
+    ) -> Result<(Self::Activation, Self::Owed)>;
+
+    /// Backward of [`merge`](Self::merge) into its branch. With [`Activation::Identity`] the gradient of norm(y) is
+    /// `grad` itself, up to the factors of `drop`, which `Owed` carries, and no tensor is made.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    fn merge_backward(
+        &mut self,
+        branch: (&ConvNorm, &Raw<Self>),
+        act: Activation,
+        drop: Option<DropPath>,
+        grad: &Self::Activation,
+        vars: &mut Variables<Self>,
+    ) -> Result<(Option<Self::Activation>, Self::Owed)>;
+
+    /// Gradients of a convolution's weights and of its input `x`, where `x` is stored plainly; `skip` is added to
+    /// the latter.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    fn conv_backward(
+        &mut self,
+        layer: &ConvNorm,
+        x: &Self::Activation,
+        grad: Gradient<'_, Self>,
+        skip: Option<&Self::Activation>,
+        vars: &mut Variables<Self>,
+    ) -> Result<Self::Activation>;
+
+    /// Gradient of a convolution's weights alone: the first layer, whose input needs none.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    fn conv_backward_weights(
+        &mut self,
+        layer: &ConvNorm,
+        x: &Self::Activation,
+        grad: Gradient<'_, Self>,
+        vars: &mut Variables<Self>,
+    ) -> Result<()>;
+
+    /// The same for an input SiLU(norm(y)) made by the layer `producer`: the gradient of norm(y), with what the
+    /// producer's batch norm owes.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    fn conv_backward_silu(
+        &mut self,
+        layer: &ConvNorm,
+        producer: (&ConvNorm, &Raw<Self>),
+        grad: Gradient<'_, Self>,
+        vars: &mut Variables<Self>,
+    ) -> Result<(Self::Activation, Self::Owed)>;
+
+    /// The same for an input SiLU(norm(y))·gate, through the squeeze-excitation that made the gate.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    fn conv_backward_gated(
+        &mut self,
+        layer: &ConvNorm,
+        producer: (&ConvNorm, &Raw<Self>),
+        gate: (&SqueezeExcite, &Self::Gate),
+        grad: Gradient<'_, Self>,
+        vars: &mut Variables<Self>,
+    ) -> Result<(Self::Activation, Self::Owed)>;
+}

@@ -1,0 +1,13 @@
+//! The family: architectures as data, scaling, counting, initial values, names and files of weights.
+
+#![forbid(unsafe_code)]
+
+mod architecture;
+mod count;
+mod init;
+mod names;
+
+pub use architecture::{Architecture, StageTemplate, WidthRounding};
+pub use count::{LayerCount, StageCount, Summary, summarise};
+pub use init::initial_values;
+pub use names::{Naming, torchvision_name};

@@ -1,0 +1,191 @@
+//! Stem, blocks, head: the whole network.
+
+use super::layout::Layout;
+use super::spec::{BlockKind, NetworkSpec};
+use super::{FusedMbConv, MbConv, fused_mbconv, mbconv};
+use crate::Result;
+use crate::backend::{Activation, Backend, Classifier, ConvNorm, Gradient, Load, Mode, Raw, Variables};
+use crate::tensor::{Conv, ConvKind};
+
+/// One block of either kind.
+#[derive(Clone, Debug, PartialEq)]
+enum Block {
+    Fused(FusedMbConv),
+    Mb(MbConv),
+}
+
+#[derive(Debug)]
+enum BlockTape<B: Backend> {
+    Fused(fused_mbconv::Tape<B>),
+    Mb(mbconv::Tape<B>),
+}
+
+/// A network: its layers and where their values lie.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Network {
+    spec: NetworkSpec,
+    layout: Layout,
+    stem: ConvNorm,
+    blocks: Vec<Block>,
+    head: ConvNorm,
+    classifier: Classifier,
+}
+
+/// A forward pass: the head's result, and in training everything backward needs.
+#[derive(Debug)]
+pub struct Pass<B: Backend> {
+    /// Logits; [`Backend::cross_entropy`] leaves their gradient here.
+    pub head: B::Head,
+    features: Raw<B>,
+    stem: Option<Raw<B>>,
+    tapes: Vec<BlockTape<B>>,
+    /// The image, then each block's input, then the head's.
+    inputs: Vec<B::Activation>,
+}
+
+impl Network {
+    /// Lays out the network that `spec` describes.
+    pub fn new(spec: NetworkSpec) -> Self {
+        let mut layout = Layout::default();
+        let (padding, norm) = (spec.padding, spec.batch_norm);
+        let stem = Conv { kind: ConvKind::Dense, kernel: 3, stride: 2, padding, inputs: 3, outputs: spec.stem };
+        let stem = layout.conv_norm("conv_stem", "bn1", stem, &norm);
+        let mut blocks = Vec::new();
+        for (i, stage) in spec.stages.iter().enumerate() {
+            for (j, block) in stage.blocks.iter().enumerate() {
+                let (name, index) = (format!("blocks.{i}.{j}"), blocks.len());
+                blocks.push(match block.kind {
+                    BlockKind::FusedMbConv => {
+                        Block::Fused(FusedMbConv::new(&name, index, block, padding, &norm, &mut layout))
+                    }
+                    BlockKind::MbConv => Block::Mb(MbConv::new(&name, index, block, padding, &norm, &mut layout)),
+                });
+            }
+        }
+        let last = spec.stages.last().and_then(|s| s.blocks.last()).map_or(spec.stem, |b| b.outputs);
+        let head =
+            Conv { kind: ConvKind::Pointwise, kernel: 1, stride: 1, padding, inputs: last, outputs: spec.head };
+        let head = layout.conv_norm("conv_head", "bn2", head, &norm);
+        let classifier = layout.classifier(spec.head, spec.classes);
+        Self { spec, layout, stem, blocks, head, classifier }
+    }
+
+    /// What it was built from.
+    pub const fn spec(&self) -> &NetworkSpec {
+        &self.spec
+    }
+
+    /// Where its values lie.
+    pub const fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Every convolution, in forward order.
+    pub fn convolutions(&self) -> impl Iterator<Item = &ConvNorm> {
+        let blocks = self.blocks.iter().flat_map(|block| match block {
+            Block::Fused(b) => vec![b.expand.as_ref(), Some(&b.project)],
+            Block::Mb(b) => vec![b.expand.as_ref(), Some(&b.depthwise), Some(&b.project)],
+        });
+        std::iter::once(&self.stem).chain(blocks.flatten()).chain(std::iter::once(&self.head))
+    }
+
+    /// Logits of the images `x` (n × side × side × 3, normalised). [`Mode::Train`] keeps what
+    /// [`backward`](Self::backward) needs and applies `dropout` before the classifier; [`Mode::Eval`] keeps nothing.
+    ///
+    /// # Errors
+    /// What the backend says of shapes and memory.
+    pub fn forward<B: Backend>(
+        &self,
+        backend: &mut B,
+        x: B::Activation,
+        vars: &mut Variables<B>,
+        mode: Mode,
+        dropout: f64,
+    ) -> Result<Pass<B>> {
+        let keep = mode == Mode::Train;
+        let stem = backend.conv_norm(&self.stem, Load::Plain(&x), vars, mode)?;
+        let mut current = backend.merge(&stem, Activation::Silu, None, None)?;
+        let mut inputs = if keep { vec![x] } else { Vec::new() };
+        let stem = keep.then_some(stem);
+        let mut tapes = Vec::new();
+        for block in &self.blocks {
+            let (out, tape) = match block {
+                Block::Fused(block) => {
+                    let (out, tape) = block.forward(backend, &current, vars, mode)?;
+                    (out, BlockTape::Fused(tape))
+                }
+                Block::Mb(block) => {
+                    let (out, tape) = block.forward(backend, &current, vars, mode)?;
+                    (out, BlockTape::Mb(tape))
+                }
+            };
+            let input = std::mem::replace(&mut current, out);
+            if keep {
+                inputs.push(input);
+                tapes.push(tape);
+            }
+        }
+        let features = backend.conv_norm(&self.head, Load::Plain(&current), vars, mode)?;
+        if keep {
+            inputs.push(current);
+        }
+        let dropout = if keep { dropout } else { 0.0 };
+        let head = backend.head(&self.classifier, &features, dropout, vars)?;
+        Ok(Pass { head, features, stem, tapes, inputs })
+    }
+
+    /// Adds the gradient of every parameter to `vars.grads`.
+    ///
+    /// # Errors
+    /// What the backend says; a pass made in [`Mode::Eval`] or without a loss has nothing to go back through.
+    pub fn backward<B: Backend>(&self, backend: &mut B, pass: Pass<B>, vars: &mut Variables<B>) -> Result<()> {
+        let (image, stem, grad) = self.backward_to_stem(backend, pass, vars)?;
+        let (dz, owed) = backend.merge_backward((&self.stem, &stem), Activation::Silu, None, &grad, vars)?;
+        let gradient = Gradient { gradient: dz.as_ref().unwrap_or(&grad), raw: &stem, owed: &owed };
+        backend.conv_backward_weights(&self.stem, &image, gradient, vars)
+    }
+
+    /// [`backward`](Self::backward), with the gradient of the images.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn backward_to_images<B: Backend>(
+        &self,
+        backend: &mut B,
+        pass: Pass<B>,
+        vars: &mut Variables<B>,
+    ) -> Result<B::Activation> {
+        let (image, stem, grad) = self.backward_to_stem(backend, pass, vars)?;
+        let (dz, owed) = backend.merge_backward((&self.stem, &stem), Activation::Silu, None, &grad, vars)?;
+        let gradient = Gradient { gradient: dz.as_ref().unwrap_or(&grad), raw: &stem, owed: &owed };
+        backend.conv_backward(&self.stem, &image, gradient, None, vars)
+    }
+
+    /// Head and blocks: the images, the stem's raw output and the gradient of its activation.
+    fn backward_to_stem<B: Backend>(
+        &self,
+        backend: &mut B,
+        pass: Pass<B>,
+        vars: &mut Variables<B>,
+    ) -> Result<(B::Activation, Raw<B>, B::Activation)> {
+        let Pass { head, features, stem, tapes, mut inputs } = pass;
+        let (Some(stem), Some(input)) = (stem, inputs.pop()) else {
+            let problem = "a pass in evaluation mode keeps nothing to go back through".into();
+            return Err(crate::Error::Shape { operation: "backward", problem });
+        };
+        let (dz, owed) = backend.head_backward(&self.classifier, (&self.head, &features), &head, vars)?;
+        let gradient = Gradient { gradient: &dz, raw: &features, owed: &owed };
+        let mut grad = backend.conv_backward(&self.head, &input, gradient, None, vars)?;
+        drop((features, dz, input));
+        for (block, tape) in self.blocks.iter().zip(tapes).rev() {
+            let x = inputs.pop().expect("each block's input was kept");
+            grad = match (block, tape) {
+                (Block::Fused(block), BlockTape::Fused(tape)) => block.backward(backend, &x, tape, &grad, vars)?,
+                (Block::Mb(block), BlockTape::Mb(tape)) => block.backward(backend, &x, tape, &grad, vars)?,
+                _ => unreachable!("a tape is of the kind of its block"),
+            };
+        }
+        let image = inputs.pop().expect("the image was kept");
+        Ok((image, stem, grad))
+    }
+}

@@ -9,8 +9,7 @@ use crate::{Error, Result};
 use BlockKind::{FusedMbConv, MbConv};
 use serde::{Deserialize, Serialize};
 
-/// The drop probability that stochastic depth would reach after the last block (survival 0.8); block i of N gets i/N
-/// of it.
+/// Stochastic depth of every published network: a survival of 0.8 after the last block.
 const DROP_PATH: f64 = 0.2;
 
 /// A stage before scaling.
@@ -77,6 +76,8 @@ pub struct Architecture {
     pub eval_size: usize,
     /// Dropout before the classifier.
     pub dropout: f64,
+    /// What stochastic depth would reach after the last block: block i of N is dropped with i/N of it.
+    pub drop_path: f64,
     /// How strided convolutions meet the border.
     pub padding: Padding,
     /// Constants of batch normalisation.
@@ -224,6 +225,7 @@ impl Architecture {
             train_size,
             eval_size,
             dropout,
+            drop_path: DROP_PATH,
             padding: Padding::Same,
             batch_norm: BatchNormSpec { epsilon: 1e-3, momentum: 0.1, variance: Default::default() },
         })
@@ -248,7 +250,7 @@ impl Architecture {
                     inputs,
                     outputs: width(stage.channels),
                     squeeze: (stage.squeeze_ratio > 0.0).then_some(squeezed.max(1)),
-                    drop_path: DROP_PATH * index as f64 / total as f64,
+                    drop_path: self.drop_path * index as f64 / total as f64,
                 });
                 inputs = width(stage.channels);
                 index += 1;

@@ -1,0 +1,46 @@
+//! A whole training step of the CPU reference in f32: forward, loss, backward, SGD with momentum.
+//!
+//! `benches/peers/training_step.py` times the same step in PyTorch.
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use effnetv2::backend::{Backend, Mode, StepKey, Variables};
+use effnetv2::model::{Architecture, initial_values};
+use effnetv2::nn::Network;
+use effnetv2::reference::Reference;
+use effnetv2::tensor::Shape;
+use std::hint::black_box;
+use std::time::Duration;
+
+/// model, image side, batch
+const CASES: &[(&str, usize, usize)] = &[("b0", 96, 16), ("s", 128, 8)];
+
+fn training_step(c: &mut Criterion) {
+    let mut group = c.benchmark_group("training_step");
+    group.sample_size(10).warm_up_time(Duration::from_secs(2)).measurement_time(Duration::from_secs(15));
+    for &(model, side, batch) in CASES {
+        let network = Network::new(Architecture::find(model).expect("a known model").network(1000));
+        let (params, stats) = initial_values::<f32>(network.layout(), 0);
+        let grads = vec![0.0; params.len()];
+        let mut vars = Variables { params, grads, stats };
+        let mut backend = Reference::<f32>::new();
+        let shape = Shape::new(batch, side, side, 3);
+        let pixels: Vec<f32> = (0..shape.elements()).map(|i| (i as f32 * 0.618).fract() * 2.0 - 1.0).collect();
+        let mut targets = vec![0.0; batch * 1000];
+        (0..batch).for_each(|i| targets[i * 1000 + i * 7] = 1.0);
+        let images: Vec<u32> = (0..batch as u32).collect();
+        group.bench_function(format!("{model}_{side}px_batch{batch}"), |b| {
+            b.iter(|| {
+                backend.begin_step(&StepKey { seed: 1, epoch: 0, images: images.clone() });
+                let x = backend.tensor(shape, pixels.clone()).expect("a tensor");
+                let mut pass = network.forward(&mut backend, x, &mut vars, Mode::Train, 0.2).expect("forward");
+                black_box(backend.cross_entropy(&mut pass.head, &targets).expect("loss"));
+                network.backward(&mut backend, pass, &mut vars).expect("backward");
+                vars.grads.fill(0.0);
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, training_step);
+criterion_main!(benches);

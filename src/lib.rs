@@ -2,6 +2,9 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod error;
+pub mod optimizer;
 pub mod random;
+pub mod reference;
+pub mod train;
 
 pub use error::{Error, Result};

@@ -5,6 +5,7 @@ pub mod error;
 pub mod optimizer;
 pub mod random;
 pub mod reference;
+pub mod report;
 pub mod train;
 
 pub use error::{Error, Result};

@@ -412,7 +412,7 @@ mod tests {
             assert!(svg.contains(text), "{text}");
         }
         assert_eq!(svg.matches("epoch").count(), 4);
-        assert!(!svg.contains("from 400"), "a mark outside of the range");
+        assert_eq!(svg.matches("opacity=\"0.45\"").count(), 4 * 2, "the third mark is outside of the range");
         assert!(svg.trim_end().ends_with("</svg>") && !svg.contains("NaN"));
     }
 

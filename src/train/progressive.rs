@@ -271,6 +271,7 @@ mod tests {
         assert_eq!(sizes(&automl(192)), [144, 160, 176, 192]); // B0, B1
         assert_eq!(sizes(&automl(208)), [148, 168, 188, 208]); // B2
         assert_eq!(sizes(&automl(240)), [156, 184, 212, 240]); // B3
+        assert_eq!(sizes(&automl(297)), [170, 212, 254, 297]); // 254.75 is rounded down
 
         let small = Progressive { randaugment: [5.0, 10.0], dropout: [0.2; 2], ..automl(300) };
         assert_row(&small, |r| r.randaugment, [5.0, 6.67, 8.33, 10.0], 2);

@@ -7,6 +7,7 @@
 //! it. An implementation may do all of this in the prologues and epilogues of its kernels or in passes of its own.
 
 use crate::Result;
+use crate::optimizer::{Rule, Step};
 use crate::tensor::{Conv, Real, Shape};
 use std::fmt::Debug;
 use std::ops::Range;
@@ -370,4 +371,36 @@ pub trait Backend {
         grad: Gradient<'_, Self>,
         vars: &mut Variables<Self>,
     ) -> Result<(Self::Activation, Self::Owed)>;
+
+    /// Sets every value to zero.
+    ///
+    /// # Errors
+    /// What the device says.
+    fn clear(&mut self, buffer: &mut Self::Buffer) -> Result<()>;
+
+    /// √Σ g² over a flat buffer; not finite if any value is not.
+    ///
+    /// # Errors
+    /// What the device says.
+    fn norm(&mut self, buffer: &Self::Buffer) -> Result<f64>;
+
+    /// One step of the optimizer over all parameters; `slots` are the rule's, `kernels` the ranges that weight decay
+    /// applies to.
+    ///
+    /// # Errors
+    /// Buffers or ranges that do not fit.
+    fn update(
+        &mut self,
+        rule: Rule,
+        step: &Step,
+        kernels: &[Range<usize>],
+        vars: &mut Variables<Self>,
+        slots: &mut [Self::Buffer],
+    ) -> Result<()>;
+
+    /// average ← decay·average + (1 − decay)·values.
+    ///
+    /// # Errors
+    /// Buffers of different lengths.
+    fn update_average(&mut self, average: &mut Self::Buffer, values: &Self::Buffer, decay: f64) -> Result<()>;
 }

@@ -5,8 +5,11 @@ pub mod backend;
 pub mod error;
 pub mod model;
 pub mod nn;
+pub mod optimizer;
 pub mod random;
 pub mod reference;
+pub mod report;
 pub mod tensor;
+pub mod train;
 
 pub use error::{Error, Result};

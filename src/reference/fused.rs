@@ -2,10 +2,11 @@
 
 use super::batch_norm::{self, Arrival, Moments, Norm, Owed};
 use super::squeeze_excite::{self, Gate};
-use super::{conv3x3, depthwise, head, pointwise};
+use super::{conv3x3, depthwise, head, optimizer, pointwise};
 use crate::backend::{
     Activation, Backend, Classifier, ConvNorm, DropPath, Gradient, Load, Mode, Raw, SqueezeExcite, StepKey, Variables,
 };
+use crate::optimizer::{Rule, Step};
 use crate::random::{Purpose, Stream};
 use crate::tensor::{ConvKind, Real, Shape, Tensor};
 use crate::{Error, Result};
@@ -356,5 +357,29 @@ impl<F: Real> Backend for Reference<F> {
         let sums = batch_norm::backward(&mut dx, &raw.y, &raw.norm, Arrival::Gated(gate, dpool));
         let owed = owe(producer, &raw.norm, sums, None, &mut vars.grads);
         Ok((dx, owed))
+    }
+
+    fn clear(&mut self, buffer: &mut Vec<F>) -> Result<()> {
+        buffer.fill(F::zero());
+        Ok(())
+    }
+
+    fn norm(&mut self, buffer: &Vec<F>) -> Result<f64> {
+        Ok(optimizer::gradient_norm(buffer))
+    }
+
+    fn update(
+        &mut self,
+        rule: Rule,
+        step: &Step,
+        kernels: &[Range<usize>],
+        vars: &mut Variables<Self>,
+        slots: &mut [Vec<F>],
+    ) -> Result<()> {
+        optimizer::update(rule, step, kernels, &mut vars.params, &vars.grads, slots)
+    }
+
+    fn update_average(&mut self, average: &mut Vec<F>, values: &Vec<F>, decay: f64) -> Result<()> {
+        optimizer::update_average(average, values, decay)
     }
 }

@@ -1,0 +1,8 @@
+//! What a run leaves for people to read: tables, curves, confusion matrices, and the metrics they are drawn from.
+
+mod axis;
+mod canvas;
+pub mod confusion;
+pub mod curves;
+pub mod metrics;
+pub mod table;

@@ -1,0 +1,4 @@
+//! The training recipe.
+
+pub mod progressive;
+pub mod schedule;

@@ -1,6 +1,7 @@
 //! EfficientNetV2 with manual backprop.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+pub mod data;
 pub mod error;
 pub mod random;
 

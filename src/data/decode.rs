@@ -140,3 +140,159 @@ fn decode_png(bytes: &[u8]) -> image::ImageResult<(DynamicImage, Orientation)> {
     });
     Ok((rgb.into(), orientation))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use image::{ExtendedColorType, ImageEncoder, codecs::jpeg::JpegEncoder, codecs::png::PngEncoder};
+
+    const CMYK: &[u8] = include_bytes!("../../tests/images/cmyk.jpg");
+    const YCCK: &[u8] = include_bytes!("../../tests/images/ycck.jpg");
+    const ROTATED: &[u8] = include_bytes!("../../tests/images/rotated.jpg");
+    const PALETTE: &[u8] = include_bytes!("../../tests/images/palette.png");
+    const BITS: &[u8] = include_bytes!("../../tests/images/bits.png");
+
+    /// A PNG of one row.
+    fn png(samples: &[u8], width: u32, color: ExtendedColorType) -> Vec<u8> {
+        let mut file = Vec::new();
+        PngEncoder::new(&mut file).write_image(samples, width, 1, color).unwrap();
+        file
+    }
+
+    fn jpeg(samples: &[u8], width: u32, height: u32, color: ExtendedColorType) -> Vec<u8> {
+        let mut file = Vec::new();
+        JpegEncoder::new_with_quality(&mut file, 95).write_image(samples, width, height, color).unwrap();
+        file
+    }
+
+    fn pixel(image: &Image, x: usize, y: usize) -> [u8; 3] {
+        image.pixels[(y * image.width + x) * 3..][..3].try_into().unwrap()
+    }
+
+    fn assert_near(found: [u8; 3], expected: [u8; 3]) {
+        let near = found.iter().zip(expected).all(|(&found, expected)| found.abs_diff(expected) <= 3);
+        assert!(near, "{found:?} instead of {expected:?}");
+    }
+
+    #[test]
+    fn every_kind_of_png_becomes_rgb() {
+        let native =
+            |values: &[u16]| values.iter().flat_map(|value| value.to_ne_bytes()).collect::<Vec<u8>>();
+        let cases: [(Vec<u8>, &[u8]); 8] = [
+            (png(&[1, 2, 3, 4, 5, 6], 2, ExtendedColorType::Rgb8), &[1, 2, 3, 4, 5, 6]),
+            (png(&[7, 250], 2, ExtendedColorType::L8), &[7, 7, 7, 250, 250, 250]),
+            // Opaque, transparent, and 0x33 of 0xff: (200·51 + 128·204) / 255 = 142.4.
+            (
+                png(&[9, 255, 9, 0, 200, 51], 3, ExtendedColorType::La8),
+                &[9, 9, 9, 128, 128, 128, 142, 142, 142],
+            ),
+            (png(&[1, 2, 3, 255, 0, 100, 200, 51], 2, ExtendedColorType::Rgba8), &[1, 2, 3, 102, 122, 142]),
+            (png(&native(&[0, 0x8080]), 2, ExtendedColorType::L16), &[0, 0, 0, 128, 128, 128]),
+            (png(&native(&[0x0101, 0x0202, 0xffff]), 1, ExtendedColorType::Rgb16), &[1, 2, 255]),
+            (PALETTE.to_vec(), &[255, 0, 0, 0, 255, 0, 128, 128, 128]),
+            (BITS.to_vec(), &[255, 255, 255, 0, 0, 0, 255, 255, 255]),
+        ];
+        for (number, (file, expected)) in cases.iter().enumerate() {
+            let image = decode(file).unwrap();
+            assert_eq!(image.pixels, *expected, "case {number}");
+            assert_eq!((image.width, image.height), (expected.len() / 3, 1));
+        }
+    }
+
+    #[test]
+    fn grey_and_rgb_jpegs_become_rgb() {
+        let grey = decode(&jpeg(&[77; 9 * 5], 9, 5, ExtendedColorType::L8)).unwrap();
+        assert_eq!((grey.width, grey.height, grey.pixels.len()), (9, 5, 135));
+        assert_near(pixel(&grey, 8, 4), [77; 3]);
+        let orange = [250, 120, 10].repeat(9 * 5);
+        assert_near(
+            pixel(&decode(&jpeg(&orange, 9, 5, ExtendedColorType::Rgb8)).unwrap(), 4, 2),
+            [250, 120, 10],
+        );
+    }
+
+    /// What Pillow makes of the same files.
+    #[test]
+    fn cmyk_jpegs_have_the_right_colours() {
+        for file in [CMYK, YCCK] {
+            let image = decode(file).unwrap();
+            assert_eq!((image.width, image.height), (32, 32));
+            assert_near(pixel(&image, 8, 8), [255, 0, 0]);
+            assert_near(pixel(&image, 24, 8), [0, 255, 0]);
+            assert_near(pixel(&image, 8, 24), [0, 0, 255]);
+            assert_near(pixel(&image, 24, 24), [126, 126, 126]);
+        }
+    }
+
+    #[test]
+    fn exif_orientation_is_applied() {
+        let image = decode(ROTATED).unwrap();
+        assert_eq!((image.width, image.height), (8, 16));
+        assert_near(pixel(&image, 6, 4), [254, 0, 0]);
+        assert_near(pixel(&image, 1, 12), [0, 0, 254]);
+    }
+
+    /// The marker of a thumbnail inside a segment must not pass for that of the image.
+    #[test]
+    fn a_cut_jpeg_is_noticed_wherever_it_is_cut() {
+        let noise: Vec<u8> =
+            (0..32 * 32 * 3u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        let whole = jpeg(&noise, 32, 32, ExtendedColorType::Rgb8);
+        let comment = [0xFF, 0xFE, 0, 6, 0xFF, 0xD9, 0xFF, 0xD9];
+        let whole = [&whole[..2], &comment, &whole[2..]].concat();
+        decode(&whole).unwrap();
+        decode(&[&whole[..], b"trailing bytes"].concat()).unwrap();
+        for length in (2..whole.len()).step_by(37).chain([whole.len() - 1]) {
+            assert!(decode(&whole[..length]).is_err(), "{length} of {} bytes", whole.len());
+        }
+    }
+
+    #[test]
+    fn what_is_no_image_is_told_apart() {
+        let mut empty_png = png(&[1], 1, ExtendedColorType::L8);
+        empty_png[16..20].fill(0);
+        let whole = png(&[1; 300], 100, ExtendedColorType::Rgb8);
+        let cases: [(&[u8], &str); 6] = [
+            (b"", "neither JPEG nor PNG"),
+            (b"<html></html>", "neither JPEG nor PNG"),
+            (b"GIF89a\x01\x00\x01\x00", "gif is not supported; convert it"),
+            (&CMYK[..100], ""),
+            (&empty_png, ""),
+            (&whole[..whole.len() - 20], ""),
+        ];
+        for (file, message) in cases {
+            let error = decode(file).unwrap_err();
+            assert!(error.contains(message), "{error}");
+        }
+    }
+
+    /// A damaged header must not be believed with gigabytes.
+    #[test]
+    fn enormous_sizes_are_refused() {
+        let mut huge = jpeg(&[77; 64], 8, 8, ExtendedColorType::L8);
+        let frame = huge.windows(2).position(|pair| pair == [0xFF, 0xC0]).unwrap();
+        huge[frame + 5..frame + 9].fill(0xFF);
+        assert!(decode(&huge).unwrap_err().contains("65535x65535"));
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("huge.jpg");
+        std::fs::write(&path, huge).unwrap();
+        assert!(check_header(&path).unwrap_err().to_string().contains("scale it down"));
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(200))]
+
+        /// Damaged bytes give an image or an error, never a panic.
+        #[test]
+        fn damage_never_panics(which in 0usize..5, at: proptest::sample::Index, value: u8, cut: proptest::sample::Index) {
+            let mut file = [CMYK, YCCK, ROTATED, PALETTE, BITS][which].to_vec();
+            let at = at.index(file.len());
+            file[at] = value;
+            if let Ok(image) = decode(&file) {
+                proptest::prop_assert_eq!(image.pixels.len(), image.width * image.height * 3);
+            }
+            file.truncate(cut.index(file.len()));
+            let _ = decode(&file);
+        }
+    }
+}

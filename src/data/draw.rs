@@ -5,7 +5,7 @@ use crate::random::Stream;
 
 /// Uniform in `0..bound` by multiply and shift; the bias is below `bound` · 2⁻³².
 pub(super) fn below(stream: &mut Stream, bound: u32) -> u32 {
-    (u64::from(stream.bits()) * u64::from(bound) >> 32) as u32
+    ((u64::from(stream.bits()) * u64::from(bound)) >> 32) as u32
 }
 
 /// Puts `items` into random order (Fisher and Yates).

@@ -88,7 +88,7 @@ fn keep_usable(candidates: Vec<PathBuf>, bad_images: BadImages, problems: &Probl
         match check {
             Ok(()) => usable.push(path),
             Err(Error::File { problem, .. }) if bad_images == BadImages::Skip => {
-                problems.record(&path, problem)
+                problems.record(&path, problem);
             }
             Err(error) => return Err(error),
         }
@@ -149,5 +149,30 @@ impl Dataset for Folder {
 
     fn problems(&self) -> &Problems {
         &self.problems
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_image_names_count() {
+        for name in ["a.jpg", "a.JPEG", "a.Png", "a.b.webp"] {
+            assert!(is_image_name(Path::new(name)), "{name}");
+        }
+        for name in ["a.txt", "jpg", "a.jpg.json", "Thumbs.db", "a"] {
+            assert!(!is_image_name(Path::new(name)), "{name}");
+        }
+    }
+
+    #[test]
+    fn listings_are_sorted_and_leave_hidden_files_out() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["b", "a", ".DS_Store", "._a.jpg", "B"] {
+            std::fs::write(folder.path().join(name), "").unwrap();
+        }
+        let names: Vec<String> = list(folder.path()).unwrap().iter().map(|path| folder_name(path)).collect();
+        assert_eq!(names, ["B", "a", "b"]);
     }
 }

@@ -281,3 +281,237 @@ impl Drop for Epoch {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Problems;
+    use proptest::prelude::*;
+    use std::path::Path;
+    use std::sync::atomic::AtomicUsize;
+
+    /// Image i is a 4×4 square of value i and has label i mod 3. Some images are bad in some way.
+    #[derive(Default)]
+    struct Plain {
+        len: usize,
+        undecodable: Vec<usize>,
+        unreadable: Vec<usize>,
+        panicking: Vec<usize>,
+        decoded: AtomicUsize,
+        problems: Problems,
+    }
+
+    impl Dataset for Plain {
+        fn name(&self) -> &str {
+            "plain"
+        }
+        fn len(&self) -> usize {
+            self.len
+        }
+        fn classes(&self) -> &[String] {
+            &[]
+        }
+        fn label(&self, index: usize) -> u32 {
+            index as u32 % 3
+        }
+        fn image(&self, index: usize) -> Result<Image> {
+            self.decoded.fetch_add(1, Ordering::Relaxed);
+            let path = format!("{index}.png");
+            if self.undecodable.contains(&index) {
+                return Err(Error::file(Path::new(&path), "damaged"));
+            }
+            if self.unreadable.contains(&index) {
+                return Err(Error::io(Path::new(&path), "read")(std::io::ErrorKind::PermissionDenied.into()));
+            }
+            assert!(!self.panicking.contains(&index), "image {index} breaks the decoder");
+            Ok(Image::from_grey(4, 4, (0..16).map(|at| (index * 16 + at) as u8)))
+        }
+        fn problems(&self) -> &Problems {
+            &self.problems
+        }
+    }
+
+    fn eval() -> Pipeline {
+        Pipeline::Eval(EvalTransform::default())
+    }
+
+    fn train() -> Pipeline {
+        let mix = MixConfig { mixup: 0.2, cutmix: 1.0 };
+        Pipeline::Train(TrainTransform { mix, ..TrainTransform::default() })
+    }
+
+    fn config(batch: usize, pipeline: Pipeline) -> LoaderConfig {
+        LoaderConfig {
+            batch,
+            size: 6,
+            seed: 1,
+            threads: 2,
+            prefetch: 2,
+            bad_images: BadImages::Skip,
+            pipeline,
+        }
+    }
+
+    fn loader(dataset: Plain, config: LoaderConfig) -> Loader {
+        Loader::new(Arc::new(dataset), config).unwrap()
+    }
+
+    fn plain(len: usize) -> Plain {
+        Plain { len, ..Plain::default() }
+    }
+
+    fn all(loader: &Loader, epoch: u32, start: usize) -> Vec<Batch> {
+        loader.epoch(epoch, start).collect::<Result<_>>().unwrap()
+    }
+
+    fn indices(batches: &[Batch]) -> Vec<u32> {
+        batches.iter().flat_map(|batch| batch.indices.clone()).collect()
+    }
+
+    #[test]
+    fn evaluation_delivers_every_image_once_in_order() {
+        let loader = loader(plain(7), LoaderConfig { size: 4, ..config(3, eval()) });
+        let batches = all(&loader, 0, 0);
+        assert_eq!(batches.iter().map(Batch::len).collect::<Vec<_>>(), [3, 3, 1]);
+        assert_eq!((batches.len(), indices(&batches)), (loader.batches(), (0..7).collect()));
+        let last = &batches[2];
+        assert_eq!(last.labels, [0]);
+        let expected: Vec<u8> = (96..112).flat_map(|value| [value; 3]).collect();
+        assert_eq!((&last.images, last.size, last.epoch), (&expected, 4, 0));
+        assert_eq!(last.mix, MixPlan::none(1));
+        assert_eq!(all(&loader, 5, 0)[0].images, batches[0].images);
+    }
+
+    #[test]
+    fn training_shuffles_each_epoch_differently_and_drops_the_short_batch() {
+        let loader = loader(plain(50), config(8, train()));
+        let first = all(&loader, 0, 0);
+        assert!(first.len() == 6 && loader.batches() == 6 && first.iter().all(|batch| batch.len() == 8));
+        let mut order = indices(&first);
+        assert_ne!(order, indices(&all(&loader, 1, 0)));
+        assert!(
+            first.iter().all(|b| b.indices.iter().zip(&b.labels).all(|(&index, &label)| label == index % 3))
+        );
+        order.sort_unstable();
+        order.dedup();
+        assert_eq!(order.len(), 48, "an image came twice");
+        let other = Loader::new(Arc::new(plain(50)), LoaderConfig { seed: 2, ..config(8, train()) }).unwrap();
+        assert_ne!(indices(&first), indices(&all(&other, 0, 0)));
+    }
+
+    #[test]
+    fn the_only_batch_may_be_short() {
+        let batches = all(&loader(plain(5), config(8, train())), 0, 0);
+        assert_eq!((batches.len(), batches[0].len()), (1, 5));
+    }
+
+    #[test]
+    fn the_mix_belongs_to_the_delivered_images() {
+        let batch = all(&loader(plain(9), config(8, train())), 3, 0).remove(0);
+        let expected = MixPlan::draw(MixConfig { mixup: 0.2, cutmix: 1.0 }, 1, 3, &batch.indices, 6).unwrap();
+        assert_eq!(batch.mix, expected);
+        assert!(!batch.mix.is_none());
+    }
+
+    #[test]
+    fn an_undecodable_image_is_replaced_by_the_next_and_named_once() {
+        let dataset = Arc::new(Plain { undecodable: vec![2, 3, 6], ..plain(7) });
+        let loader = Loader::new(dataset.clone(), config(4, eval())).unwrap();
+        for _ in 0..2 {
+            let batches = all(&loader, 0, 0);
+            assert_eq!(indices(&batches), [0, 1, 4, 4, 4, 5, 0]);
+            assert_eq!(batches[0].labels, [0, 1, 1, 1]);
+        }
+        let names: Vec<String> =
+            dataset.problems().list().iter().map(|problem| problem.path.display().to_string()).collect();
+        assert_eq!(names, ["2.png", "3.png", "6.png"]);
+    }
+
+    fn last_error(mut epoch: Epoch) -> String {
+        let error = epoch.find_map(Result::err).expect("an error").to_string();
+        assert!(epoch.next().is_none(), "the iterator went on after an error");
+        error
+    }
+
+    #[test]
+    fn errors_arrive_and_end_the_epoch() {
+        let strict = LoaderConfig { bad_images: BadImages::Fail, ..config(2, eval()) };
+        let bad = || Plain { undecodable: vec![4, 5], ..plain(9) };
+        assert_eq!(last_error(loader(bad(), strict).epoch(0, 0)), "4.png: damaged");
+        // Trouble with reading is no property of the image.
+        let unreadable = Plain { unreadable: vec![3], ..plain(9) };
+        assert!(
+            last_error(loader(unreadable, config(2, eval())).epoch(0, 0)).starts_with("3.png: cannot read")
+        );
+        let hopeless = Plain { undecodable: vec![0, 1, 2], ..plain(3) };
+        assert!(last_error(loader(hopeless, config(2, eval())).epoch(0, 0)).contains("none of the 3 images"));
+        let panicking = Plain { panicking: vec![4], ..plain(9) };
+        assert!(
+            last_error(loader(panicking, config(2, eval())).epoch(0, 0))
+                .contains("image 4 breaks the decoder")
+        );
+    }
+
+    #[test]
+    fn no_more_is_prepared_than_asked_for() {
+        let dataset = Arc::new(plain(1000));
+        let loader =
+            Loader::new(dataset.clone(), LoaderConfig { prefetch: 3, ..config(10, eval()) }).unwrap();
+        let mut epoch = loader.epoch(0, 0);
+        epoch.next().unwrap().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        // One delivered, three waiting, one made and held until there is room.
+        assert_eq!(dataset.decoded.load(Ordering::Relaxed), 50);
+    }
+
+    #[test]
+    fn an_epoch_dropped_early_stops_and_lets_go() {
+        for prefetch in 0..3 {
+            for taken in 0..3 {
+                let dataset = Arc::new(plain(10_000));
+                let loader =
+                    Loader::new(dataset.clone(), LoaderConfig { prefetch, ..config(4, train()) }).unwrap();
+                let mut epoch = loader.epoch(0, 0);
+                for _ in 0..taken {
+                    epoch.next().unwrap().unwrap();
+                }
+                drop(epoch);
+                drop(loader);
+                assert!(dataset.decoded.load(Ordering::Relaxed) <= 4 * (taken + prefetch + 1));
+                assert_eq!(Arc::strong_count(&dataset), 1, "a thread still holds the dataset");
+            }
+        }
+    }
+
+    #[test]
+    fn impossible_configurations_are_refused() {
+        let refuse = |dataset: Plain, config: LoaderConfig| {
+            Loader::new(Arc::new(dataset), config).unwrap_err().to_string()
+        };
+        assert!(refuse(plain(3), config(0, eval())).starts_with("batch = 0"));
+        assert!(refuse(plain(3), LoaderConfig { size: 0, ..config(1, eval()) }).starts_with("size = 0"));
+        assert!(refuse(plain(0), config(1, eval())).starts_with("data = plain: 0 images"));
+        let flip = TrainTransform { flip: 2.0, ..TrainTransform::default() };
+        assert!(refuse(plain(3), config(1, Pipeline::Train(flip))).starts_with("flip = 2"));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+
+        /// Neither threads nor prefetching nor an interruption changes a bit.
+        #[test]
+        fn threads_and_interruptions_change_nothing(
+            len in 1usize..40, batch in 1usize..12, epoch in 0u32..5, seed: u64, threads in 1usize..5,
+            prefetch in 0usize..4, start in 0usize..50, training: bool
+        ) {
+            let pipeline = if training { train() } else { eval() };
+            let base = LoaderConfig { seed, threads: 1, prefetch: 0, ..config(batch, pipeline) };
+            let unbroken = all(&loader(plain(len), base.clone()), epoch, 0);
+            let other = loader(plain(len), LoaderConfig { threads, prefetch, ..base });
+            prop_assert_eq!(unbroken.len(), other.batches());
+            prop_assert_eq!(&all(&other, epoch, 0), &unbroken);
+            let start = start % (unbroken.len() + 2);
+            prop_assert_eq!(&all(&other, epoch, start)[..], &unbroken[start.min(unbroken.len())..]);
+        }
+    }
+}

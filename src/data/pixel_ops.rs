@@ -232,6 +232,7 @@ mod tests {
     fn solarize_known_answers() {
         let values = [0, 100, 200, 255];
         assert_eq!(on_grey(&values, |p| solarize(p, 128)), [0, 100, 55, 0]);
+        assert_eq!(on_grey(&[127, 128], |p| solarize(p, 128)), [127, 127]);
         assert_eq!(on_grey(&values, |p| solarize(p, 0)), [255, 155, 55, 0]);
         assert_eq!(on_grey(&values, |p| solarize(p, 256)), values);
     }

@@ -2,6 +2,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod backend;
+pub mod data;
 pub mod error;
 pub mod model;
 pub mod nn;

@@ -7,6 +7,7 @@
 //! it. An implementation may do all of this in the prologues and epilogues of its kernels or in passes of its own.
 
 use crate::Result;
+use crate::data::MixPlan;
 use crate::optimizer::{Rule, Step};
 use crate::tensor::{Conv, Real, Shape};
 use std::fmt::Debug;
@@ -102,6 +103,23 @@ pub enum Activation {
     Identity,
     /// SiLU.
     Silu,
+}
+
+/// How 8-bit RGB becomes the network's input: (value/255 − mean) / deviation, a channel each.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Normalisation {
+    /// Of R, G and B, on the scale 0 to 1.
+    pub mean: [f64; 3],
+    /// Likewise.
+    pub deviation: [f64; 3],
+}
+
+impl Normalisation {
+    /// To −1 … 1: S, M, L and XL as timm evaluates them.
+    pub const HALF: Self = Self { mean: [0.5; 3], deviation: [0.5; 3] };
+    /// The statistics of ImageNet: B0–B3 and V1.
+    pub const IMAGENET: Self = Self { mean: [0.485, 0.456, 0.406], deviation: [0.229, 0.224, 0.225] };
 }
 
 /// What all random numbers of a step depend on, beside their purpose.
@@ -230,6 +248,18 @@ pub trait Backend {
 
     /// The shape of a tensor.
     fn shape(&self, x: &Self::Activation) -> Shape;
+
+    /// The network's input from 8-bit RGB images \[n, side, side, 3\], normalised and then mixed.
+    ///
+    /// # Errors
+    /// When `images` are not of the side and number that `mix` is for.
+    fn input(
+        &mut self,
+        images: &[u8],
+        side: usize,
+        normalisation: &Normalisation,
+        mix: &MixPlan,
+    ) -> Result<Self::Activation>;
 
     /// Sets what random numbers depend on, until the next call.
     fn begin_step(&mut self, key: &StepKey);

@@ -3,6 +3,7 @@
 //! Sources: google/automl `efficientnetv2/effnetv2_configs.py` (V2), Tan & Le 2019 (V1). S, M, L and XL are written out;
 //! B0–B3 and V1's B0–B7 are one template each, scaled in width and depth.
 
+use crate::backend::Normalisation;
 use crate::nn::{BatchNormSpec, BlockKind, BlockSpec, NetworkSpec, StageSpec};
 use crate::tensor::Padding;
 use crate::{Error, Result};
@@ -82,6 +83,8 @@ pub struct Architecture {
     pub padding: Padding,
     /// Constants of batch normalisation.
     pub batch_norm: BatchNormSpec,
+    /// How images become input.
+    pub normalisation: Normalisation,
 }
 
 /// kind, kernel, stride, expansion, channels, repeats, squeeze ratio
@@ -157,27 +160,30 @@ const NANO: &[Row] = &[
 
 use WidthRounding::{AtLeastNineTenths, Nearest};
 
-/// name, stem, stages, head, width, depth, rounding, train side, eval side, dropout
-type Entry = (&'static str, usize, &'static [Row], usize, f64, f64, WidthRounding, usize, usize, f64);
+const HALF: Normalisation = Normalisation::HALF;
+const IMAGENET: Normalisation = Normalisation::IMAGENET;
+
+/// name, stem, stages, head, width, depth, rounding, train side, eval side, dropout, normalisation
+type Entry = (&'static str, usize, &'static [Row], usize, f64, f64, WidthRounding, usize, usize, f64, Normalisation);
 
 const TABLE: &[Entry] = &[
-    ("b0", 32, BASE, 1280, 1.0, 1.0, Nearest, 192, 224, 0.2),
-    ("b1", 32, BASE, 1280, 1.0, 1.1, Nearest, 192, 240, 0.2),
-    ("b2", 32, BASE, 1280, 1.1, 1.2, Nearest, 208, 260, 0.3),
-    ("b3", 32, BASE, 1280, 1.2, 1.4, Nearest, 240, 300, 0.3),
-    ("s", 24, SMALL, 1280, 1.0, 1.0, Nearest, 300, 384, 0.2),
-    ("m", 24, MEDIUM, 1280, 1.0, 1.0, Nearest, 384, 480, 0.3),
-    ("l", 32, LARGE, 1280, 1.0, 1.0, Nearest, 384, 480, 0.4),
+    ("b0", 32, BASE, 1280, 1.0, 1.0, Nearest, 192, 224, 0.2, IMAGENET),
+    ("b1", 32, BASE, 1280, 1.0, 1.1, Nearest, 192, 240, 0.2, IMAGENET),
+    ("b2", 32, BASE, 1280, 1.1, 1.2, Nearest, 208, 260, 0.3, IMAGENET),
+    ("b3", 32, BASE, 1280, 1.2, 1.4, Nearest, 240, 300, 0.3, IMAGENET),
+    ("s", 24, SMALL, 1280, 1.0, 1.0, Nearest, 300, 384, 0.2, HALF),
+    ("m", 24, MEDIUM, 1280, 1.0, 1.0, Nearest, 384, 480, 0.3, HALF),
+    ("l", 32, LARGE, 1280, 1.0, 1.0, Nearest, 384, 480, 0.4, HALF),
     ("xl", 32, EXTRA_LARGE, 1280, 1.0, 1.0, Nearest, 384, 512, 0.4),
-    ("v1-b0", 32, BASELINE, 1280, 1.0, 1.0, AtLeastNineTenths, 176, 224, 0.2),
-    ("v1-b1", 32, BASELINE, 1280, 1.0, 1.1, AtLeastNineTenths, 192, 240, 0.2),
-    ("v1-b2", 32, BASELINE, 1280, 1.1, 1.2, AtLeastNineTenths, 208, 260, 0.3),
-    ("v1-b3", 32, BASELINE, 1280, 1.2, 1.4, AtLeastNineTenths, 240, 300, 0.3),
-    ("v1-b4", 32, BASELINE, 1280, 1.4, 1.8, AtLeastNineTenths, 304, 380, 0.4),
-    ("v1-b5", 32, BASELINE, 1280, 1.6, 2.2, AtLeastNineTenths, 352, 456, 0.4),
-    ("v1-b6", 32, BASELINE, 1280, 1.8, 2.6, AtLeastNineTenths, 416, 528, 0.5),
-    ("v1-b7", 32, BASELINE, 1280, 2.0, 3.1, AtLeastNineTenths, 480, 600, 0.5),
-    ("nano", 8, NANO, 64, 1.0, 1.0, Nearest, 32, 32, 0.1),
+    ("v1-b0", 32, BASELINE, 1280, 1.0, 1.0, AtLeastNineTenths, 176, 224, 0.2, IMAGENET),
+    ("v1-b1", 32, BASELINE, 1280, 1.0, 1.1, AtLeastNineTenths, 192, 240, 0.2, IMAGENET),
+    ("v1-b2", 32, BASELINE, 1280, 1.1, 1.2, AtLeastNineTenths, 208, 260, 0.3, IMAGENET),
+    ("v1-b3", 32, BASELINE, 1280, 1.2, 1.4, AtLeastNineTenths, 240, 300, 0.3, IMAGENET),
+    ("v1-b4", 32, BASELINE, 1280, 1.4, 1.8, AtLeastNineTenths, 304, 380, 0.4, IMAGENET),
+    ("v1-b5", 32, BASELINE, 1280, 1.6, 2.2, AtLeastNineTenths, 352, 456, 0.4, IMAGENET),
+    ("v1-b6", 32, BASELINE, 1280, 1.8, 2.6, AtLeastNineTenths, 416, 528, 0.5, IMAGENET),
+    ("v1-b7", 32, BASELINE, 1280, 2.0, 3.1, AtLeastNineTenths, 480, 600, 0.5, IMAGENET),
+    ("nano", 8, NANO, 64, 1.0, 1.0, Nearest, 32, 32, 0.1, HALF),
 ];
 
 impl Architecture {
@@ -199,7 +205,7 @@ impl Architecture {
             .find_map(|prefix| plain.strip_prefix(prefix).map(str::to_owned))
             .or_else(|| plain.strip_prefix("efficientnet-").map(|rest| format!("v1-{rest}")))
             .unwrap_or_else(|| plain.to_owned());
-        let Some(&(name, stem, rows, head, width, depth, rounding, train_size, eval_size, dropout)) =
+        let Some(&(name, stem, rows, head, width, depth, rounding, train_size, eval_size, dropout, normalisation)) =
             TABLE.iter().find(|row| row.0 == short)
         else {
             let names: Vec<_> = Self::names().collect();
@@ -227,6 +233,7 @@ impl Architecture {
             dropout,
             drop_path: DROP_PATH,
             padding: Padding::Same,
+            normalisation,
             batch_norm: BatchNormSpec { epsilon: 1e-3, momentum: 0.1, variance: Default::default() },
         })
     }

@@ -2,10 +2,11 @@
 
 use super::batch_norm::{self, Arrival, Moments, Norm, Owed};
 use super::squeeze_excite::{self, Gate};
-use super::{conv3x3, depthwise, head, optimizer, pointwise};
+use super::{conv3x3, depthwise, head, input, optimizer, pointwise};
 use crate::backend::{
-    Activation, Backend, Classifier, ConvNorm, DropPath, Gradient, Load, Mode, Raw, SqueezeExcite, StepKey, Variables,
+    Activation, Backend, Classifier, ConvNorm, DropPath, Gradient, Load, Mode, Normalisation, Raw, SqueezeExcite, StepKey, Variables,
 };
+use crate::data::MixPlan;
 use crate::optimizer::{Rule, Step};
 use crate::random::{Purpose, Stream};
 use crate::tensor::{ConvKind, Real, Shape, Tensor};
@@ -142,6 +143,16 @@ impl<F: Real> Backend for Reference<F> {
 
     fn shape(&self, x: &Tensor<F>) -> Shape {
         x.shape()
+    }
+
+    fn input(
+        &mut self,
+        images: &[u8],
+        side: usize,
+        normalisation: &Normalisation,
+        mix: &MixPlan,
+    ) -> Result<Tensor<F>> {
+        input::forward(images, side, normalisation, mix)
     }
 
     fn begin_step(&mut self, key: &StepKey) {

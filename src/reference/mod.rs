@@ -13,6 +13,7 @@ pub mod conv3x3;
 pub mod depthwise;
 mod fused;
 pub mod head;
+pub mod input;
 pub mod optimizer;
 mod parallel;
 pub mod pointwise;

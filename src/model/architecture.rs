@@ -174,7 +174,7 @@ const TABLE: &[Entry] = &[
     ("s", 24, SMALL, 1280, 1.0, 1.0, Nearest, 300, 384, 0.2, HALF),
     ("m", 24, MEDIUM, 1280, 1.0, 1.0, Nearest, 384, 480, 0.3, HALF),
     ("l", 32, LARGE, 1280, 1.0, 1.0, Nearest, 384, 480, 0.4, HALF),
-    ("xl", 32, EXTRA_LARGE, 1280, 1.0, 1.0, Nearest, 384, 512, 0.4),
+    ("xl", 32, EXTRA_LARGE, 1280, 1.0, 1.0, Nearest, 384, 512, 0.4, HALF),
     ("v1-b0", 32, BASELINE, 1280, 1.0, 1.0, AtLeastNineTenths, 176, 224, 0.2, IMAGENET),
     ("v1-b1", 32, BASELINE, 1280, 1.0, 1.1, AtLeastNineTenths, 192, 240, 0.2, IMAGENET),
     ("v1-b2", 32, BASELINE, 1280, 1.1, 1.2, AtLeastNineTenths, 208, 260, 0.3, IMAGENET),

@@ -6,6 +6,7 @@ mod architecture;
 mod count;
 mod init;
 mod names;
+pub mod weights;
 
 pub use architecture::{Architecture, StageTemplate, WidthRounding};
 pub use count::{LayerCount, StageCount, Summary, summarise};

@@ -24,10 +24,13 @@ pub enum Rule {
     #[serde(rename = "rmsprop")]
     RmsPropTf {
         /// Share of the old mean square that is kept, in [0, 1).
+        #[serde(default = "constants::nine_tenths")]
         rho: f64,
         /// Share of the old momentum that is kept, in [0, 1).
+        #[serde(default = "constants::nine_tenths")]
         momentum: f64,
         /// Added inside the root; positive.
+        #[serde(default = "constants::rmsprop_epsilon")]
         epsilon: f64,
     },
     /// Stochastic gradient descent with momentum, as `torch.optim.SGD` without dampening:
@@ -38,8 +41,10 @@ pub enum Rule {
     #[serde(rename = "sgd")]
     Sgd {
         /// Share of the old momentum that is kept, in [0, 1).
+        #[serde(default = "constants::nine_tenths")]
         momentum: f64,
         /// Whether to step along the momentum of the next step.
+        #[serde(default)]
         nesterov: bool,
     },
     /// Adam with decoupled weight decay (Loshchilov & Hutter, 2019), as `torch.optim.AdamW`; t counts from 1:
@@ -51,12 +56,34 @@ pub enum Rule {
     #[serde(rename = "adamw")]
     AdamW {
         /// Share of the old first moment that is kept, in [0, 1).
+        #[serde(default = "constants::nine_tenths")]
         beta1: f64,
         /// Share of the old second moment that is kept, in [0, 1).
+        #[serde(default = "constants::beta2")]
         beta2: f64,
         /// Added outside the root; positive.
+        #[serde(default = "constants::adamw_epsilon")]
         epsilon: f64,
     },
+}
+
+/// What a configuration may leave out: google/automl's constants for RMSProp, the authors' for AdamW.
+mod constants {
+    pub(super) const fn nine_tenths() -> f64 {
+        0.9
+    }
+
+    pub(super) const fn rmsprop_epsilon() -> f64 {
+        1e-3
+    }
+
+    pub(super) const fn beta2() -> f64 {
+        0.999
+    }
+
+    pub(super) const fn adamw_epsilon() -> f64 {
+        1e-8
+    }
 }
 
 /// A flat buffer, as long as the parameters, that a rule carries from step to step.

@@ -65,6 +65,22 @@ impl WeightFile {
         }
     }
 
+    /// Whether the file's classifier has the classes of `network`.
+    ///
+    /// # Errors
+    /// When it has none.
+    pub fn fits_classifier(&self, network: &Network) -> Result<bool> {
+        let name = match self.naming()? {
+            Naming::Timm => "classifier.bias",
+            Naming::Torchvision => "classifier.1.bias",
+        };
+        let tensors = self.tensors()?;
+        let bias = tensors
+            .tensor(name)
+            .map_err(|_| Error::file(&self.path, format!("tensor `{name}` is missing; use a file with a classifier")))?;
+        Ok(bias.shape() == [network.spec().classes])
+    }
+
     /// Copies the tensors of `entries` (all of one buffer) into `buffer`. `name_of` gives each tensor's name in the
     /// file, or none to leave it as it is.
     ///

@@ -11,7 +11,7 @@ const BASE_BATCH: f64 = 256.0;
 
 /// How the learning rate falls from its peak.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "decay", rename_all = "lowercase", deny_unknown_fields)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Decay {
     /// It does not.
     Constant,

@@ -289,6 +289,7 @@ mod tests {
     use proptest::prelude::*;
     use std::path::Path;
     use std::sync::atomic::AtomicUsize;
+    use std::time::Duration;
 
     /// Image i is a 4×4 square of value i and has label i mod 3. Some images are bad in some way.
     #[derive(Default)]
@@ -297,6 +298,7 @@ mod tests {
         undecodable: Vec<usize>,
         unreadable: Vec<usize>,
         panicking: Vec<usize>,
+        delay: Duration,
         decoded: AtomicUsize,
         problems: Problems,
     }
@@ -316,6 +318,7 @@ mod tests {
         }
         fn image(&self, index: usize) -> Result<Image> {
             self.decoded.fetch_add(1, Ordering::Relaxed);
+            std::thread::sleep(self.delay);
             let path = format!("{index}.png");
             if self.undecodable.contains(&index) {
                 return Err(Error::file(Path::new(&path), "damaged"));
@@ -459,7 +462,7 @@ mod tests {
             Loader::new(dataset.clone(), LoaderConfig { prefetch: 3, ..config(10, eval()) }).unwrap();
         let mut epoch = loader.epoch(0, 0);
         epoch.next().unwrap().unwrap();
-        std::thread::sleep(std::time::Duration::from_millis(100));
+        std::thread::sleep(Duration::from_millis(100));
         // One delivered, three waiting, one made and held until there is room.
         assert_eq!(dataset.decoded.load(Ordering::Relaxed), 50);
     }
@@ -481,6 +484,15 @@ mod tests {
                 assert_eq!(Arc::strong_count(&dataset), 1, "a thread still holds the dataset");
             }
         }
+    }
+
+    /// A batch of slow images is given up in the middle.
+    #[test]
+    fn dropping_waits_for_no_more_than_the_image_in_hand() {
+        let dataset = Arc::new(Plain { delay: Duration::from_millis(1), ..plain(500) });
+        let loader = Loader::new(dataset.clone(), config(500, eval())).unwrap();
+        drop(loader.epoch(0, 0));
+        assert!(dataset.decoded.load(Ordering::Relaxed) < 100);
     }
 
     #[test]

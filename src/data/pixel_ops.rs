@@ -263,10 +263,13 @@ mod tests {
         let grey: Vec<u8> = [(10, 255), (20, 127), (30, 128)].iter().flat_map(|&(v, n)| vec![v; n]).collect();
         let expected: Vec<u8> = [(0, 255), (255, 255)].iter().flat_map(|&(v, n)| vec![v; n]).collect();
         assert_eq!(on_grey(&grey, equalize), expected);
-        // 1020 pixels: 204 of each of five values. step = (1020 − 204) / 255 = 3; (204k + 1) / 3 = 0, 68, 136, 204, 272.
-        let grey: Vec<u8> = (0..5).flat_map(|k| vec![k * 9; 204]).collect();
-        let expected: Vec<u8> = [0, 68, 136, 204, 255].iter().flat_map(|&v| vec![v; 204]).collect();
-        assert_eq!(on_grey(&grey, equalize), expected);
+        // 1020 pixels, 204 of them the largest value: step = 3. (203 + 1) / 3 = 68, (407 + 1) / 3 = 136,
+        // (611 + 1) / 3 = 204, (816 + 1) / 3 = 272, clipped.
+        let counts = [203, 204, 204, 205, 204];
+        let spread = |values: [u8; 5]| -> Vec<u8> {
+            values.iter().zip(counts).flat_map(|(&value, count)| vec![value; count]).collect()
+        };
+        assert_eq!(on_grey(&spread([0, 9, 18, 27, 36]), equalize), spread([0, 68, 136, 204, 255]));
         // Too few pixels for a step of 1.
         assert_eq!(on_grey(&[3, 9, 27], equalize), [3, 9, 27]);
     }
@@ -333,6 +336,7 @@ mod tests {
     #[test]
     fn translate_moves_by_the_nearest_whole_pixel() {
         assert_eq!(on_square(|p| translate_x(p, 3, 1.2)), [1, 2, FILL, 4, 5, FILL, 7, 8, FILL]);
+        assert_eq!(on_square(|p| translate_x(p, 3, 0.7)), [1, 2, FILL, 4, 5, FILL, 7, 8, FILL]);
         assert_eq!(on_square(|p| translate_x(p, 3, -2.0)), [FILL, FILL, 0, FILL, FILL, 3, FILL, FILL, 6]);
         assert_eq!(on_square(|p| translate_y(p, 3, 0.9)), [3, 4, 5, 6, 7, 8, FILL, FILL, FILL]);
         assert_eq!(on_square(|p| translate_y(p, 3, -7.0)), [FILL; 9]);

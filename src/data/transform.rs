@@ -381,6 +381,9 @@ mod tests {
         let mut pixels: Vec<u8> = (0..18).collect();
         flip_horizontally(&mut pixels, 3);
         assert_eq!(pixels, [6, 7, 8, 3, 4, 5, 0, 1, 2, 15, 16, 17, 12, 13, 14, 9, 10, 11]);
+        let mut even: Vec<u8> = (0..12).collect();
+        flip_horizontally(&mut even, 4);
+        assert_eq!(even, [9, 10, 11, 6, 7, 8, 3, 4, 5, 0, 1, 2]);
     }
 
     #[test]

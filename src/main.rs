@@ -1,2 +1,7 @@
-//! The command-line program.
-fn main() {}
+//! The command-line program; `effnetv2 --help` says what it does.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    effnetv2::cli::main()
+}

@@ -28,8 +28,11 @@ pub(super) fn check_header(path: &Path) -> Result<()> {
     header_size(sniff(start), file).map(drop).map_err(|problem| Error::file(path, problem))
 }
 
-/// Reads and decodes `path`.
-pub(super) fn read(path: &Path) -> Result<Image> {
+/// Reads and decodes a JPEG or PNG file, told apart by content, to RGB.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be read, [`Error::File`] if it is no image that can be decoded.
+pub fn read(path: &Path) -> Result<Image> {
     let bytes = std::fs::read(path).map_err(Error::io(path, "read"))?;
     decode(&bytes).map_err(|problem| Error::file(path, problem))
 }

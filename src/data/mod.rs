@@ -22,6 +22,7 @@ pub mod randaugment;
 pub mod transform;
 
 use crate::{Error, Result};
+pub use decode::read as read_image;
 pub use loader::{Batch, Loader, LoaderConfig, Pipeline};
 pub use mix::{MixConfig, MixPlan};
 pub use problems::{BadImages, Problem, Problems};

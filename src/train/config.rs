@@ -184,7 +184,8 @@ impl TrainConfig {
     /// learning rate of theirs the recipe's is scaled to the batch.
     ///
     /// # Errors
-    /// [`Error::Usage`] for an unknown key or a value that cannot work; see [`validate`](Self::validate).
+    /// [`Error::Usage`] for an unknown key or a value of the wrong type. Whether the values work is for
+    /// [`validate`](Self::validate).
     pub fn merged(default_model: &str, default_data: &str, overrides: &[(&str, Table)]) -> Result<Self> {
         let text = |key: &str, default: &str| -> Result<String> {
             let given = overrides.iter().rev().find_map(|(origin, table)| table.get(key).map(|v| (origin, v)));
@@ -212,7 +213,6 @@ impl TrainConfig {
         if scales {
             config.learning_rate *= config.batch as f64 / recipe_batch as f64;
         }
-        config.validate()?;
         Ok(config)
     }
 
@@ -362,7 +362,8 @@ mod tests {
             ("[train_images.mix]\nmixup = 0.5", "progressive.mixup_alpha"),
             ("epochs = 2", "stages"),
         ] {
-            let error = TrainConfig::merged("s", "pictures", &[("run.toml", table(text))]).unwrap_err();
+            let merged = TrainConfig::merged("s", "pictures", &[("run.toml", table(text))]);
+            let error = merged.and_then(|config| config.validate()).unwrap_err();
             assert!(error.to_string().contains(expected), "{text}: {error}");
             assert_eq!(error.exit_code(), 2, "{text}");
         }

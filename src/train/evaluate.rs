@@ -28,6 +28,14 @@ pub fn ranking<F: Real>(logits: &[F]) -> Vec<usize> {
     order
 }
 
+/// The probabilities of one image's logits: softmax, in f64.
+pub fn softmax<F: Real>(logits: &[F]) -> Vec<f64> {
+    let top = logits.iter().map(|l| l.f64()).fold(f64::NEG_INFINITY, f64::max);
+    let powers: Vec<f64> = logits.iter().map(|l| (l.f64() - top).exp()).collect();
+    let sum: f64 = powers.iter().sum();
+    powers.into_iter().map(|p| p / sum).collect()
+}
+
 /// Scores and confusion matrix over every image of `loader`; `on_batch` hears the number of images done.
 ///
 /// # Errors

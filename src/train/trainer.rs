@@ -113,6 +113,14 @@ impl<B: Backend> Trainer<B> {
         self.description.position
     }
 
+    /// Checks the configuration against the data, before anything is written.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when they do not fit: other classes, too few images for a batch norm.
+    pub fn check(&self, splits: &Splits) -> Result<()> {
+        self.plan(splits).map(drop)
+    }
+
     /// Trains to the end: an epoch at a time, each followed by an evaluation and a checkpoint. Returns the last scores of
     /// the moving average.
     ///
@@ -158,7 +166,6 @@ impl<B: Backend> Trainer<B> {
         format!("{} on {}", self.config().model, splits.train.name())
     }
 
-    /// Checks the configuration against the data.
     fn plan(&self, splits: &Splits) -> Result<Plan> {
         let config = self.config();
         if splits.train.classes() != self.description.classes {

@@ -432,5 +432,6 @@ pub trait Backend {
     ///
     /// # Errors
     /// Buffers of different lengths.
-    fn update_average(&mut self, average: &mut Self::Buffer, values: &Self::Buffer, decay: f64) -> Result<()>;
+    fn update_average(&mut self, average: &mut Self::Buffer, values: &Self::Buffer, decay: f64)
+    -> Result<()>;
 }

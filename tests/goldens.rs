@@ -152,7 +152,9 @@ fn check<F: Real>(case: &str, model: &str, naming: Naming, tolerance: f64) {
     let bound = if noise < tolerance {
         tolerance
     } else {
-        println!("{case}: rounding alone moves the eval logits by {noise:.1e}; the calibrated ones are exact");
+        println!(
+            "{case}: rounding alone moves the eval logits by {noise:.1e}; the calibrated ones are exact"
+        );
         10.0 * noise
     };
     let off = logit_error(&logits, &golden.eval.logits);
@@ -184,9 +186,10 @@ fn check<F: Real>(case: &str, model: &str, naming: Naming, tolerance: f64) {
         })
         .collect();
     assert_close("input gradient", error(&nchw, "input", &golden.train.input_grad, 0.0));
-    for (entries, values, summaries) in
-        [(&layout.params, &vars.grads, &golden.train.grads), (&layout.stats, &vars.stats, &golden.train.buffers)]
-    {
+    for (entries, values, summaries) in [
+        (&layout.params, &vars.grads, &golden.train.grads),
+        (&layout.stats, &vars.stats, &golden.train.buffers),
+    ] {
         assert_eq!(entries.len(), summaries.len());
         let (values, largest) = (f64s(values.clone()), largest(summaries));
         for entry in entries {

@@ -61,7 +61,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let mut vars = checkpoint.weights(&backend, &network, args.weights.into())?;
     let size = super::image_side(args.size, config.eval_size)?;
     let pipeline = Pipeline::Eval(config.eval_images);
-    let loader = LoaderConfig { batch: args.batch, size, seed: 0, threads: 0, prefetch: 2, bad_images, pipeline };
+    let loader =
+        LoaderConfig { batch: args.batch, size, seed: 0, threads: 0, prefetch: 2, bad_images, pipeline };
     let loader = Loader::new(splits.validation.clone(), loader)?;
     let normalisation = Architecture::find(&config.model)?.normalisation;
     let progress = bar(splits.validation.len(), "images");
@@ -70,7 +71,12 @@ pub(super) fn run(args: &Args) -> Result<()> {
     progress.finish_and_clear();
     report_problems(&splits);
     let (scores, confusion) = outcome?;
-    println!("{}: {} after step {}", checkpoint.path().display(), config.model, checkpoint.description.position.step);
+    println!(
+        "{}: {} after step {}",
+        checkpoint.path().display(),
+        config.model,
+        checkpoint.description.position.step
+    );
     println!("{} images of {} at {size} px", thousands(scores.images), splits.validation.name());
     println!("top-1 {}   top-5 {}   loss {:.4}", percent(scores.top1), percent(scores.top5), scores.loss);
     let picture = args.confusion.clone().unwrap_or_else(|| checkpoint.path().with_file_name("confusion.svg"));

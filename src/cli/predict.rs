@@ -79,7 +79,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     for image in &args.images {
         match classifier.classify(image, args.top) {
             Ok(prediction) if args.json => {
-                let line = serde_json::to_string(&prediction).map_err(|e| Error::file(image, e.to_string()))?;
+                let line =
+                    serde_json::to_string(&prediction).map_err(|e| Error::file(image, e.to_string()))?;
                 println!("{line}");
             }
             Ok(prediction) => {

@@ -2,14 +2,14 @@
 
 use super::interrupt::stop_flag;
 use super::progress::Terminal;
+use crate::Result;
 use crate::data::{BadImages, Source, Splits, open};
+use crate::optimizer::Rule;
 use crate::reference::Reference;
 use crate::report::table::{duration, percent, thousands};
 use crate::train::checkpoint::Checkpoint;
 use crate::train::run::{CHECKPOINT, CONFIG, CURVES, METRICS, RunFolder};
 use crate::train::{TrainConfig, Trainer};
-use crate::Result;
-use crate::optimizer::Rule;
 use clap::ValueEnum;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -221,7 +221,12 @@ fn open_data(config: &TrainConfig) -> Result<Splits> {
 }
 
 /// Runs a configuration from its start in the folder `out`, or in a new one named after `name`.
-pub(super) fn start(config: TrainConfig, out: Option<&Path>, name: &str, init: Option<&Path>) -> Result<RunFolder> {
+pub(super) fn start(
+    config: TrainConfig,
+    out: Option<&Path>,
+    name: &str,
+    init: Option<&Path>,
+) -> Result<RunFolder> {
     super::announce_device();
     let splits = open_data(&config)?;
     let classes = splits.train.classes().to_vec();

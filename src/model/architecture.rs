@@ -164,7 +164,8 @@ const HALF: Normalisation = Normalisation::HALF;
 const IMAGENET: Normalisation = Normalisation::IMAGENET;
 
 /// name, stem, stages, head, width, depth, rounding, train side, eval side, dropout, normalisation
-type Entry = (&'static str, usize, &'static [Row], usize, f64, f64, WidthRounding, usize, usize, f64, Normalisation);
+type Entry =
+    (&'static str, usize, &'static [Row], usize, f64, f64, WidthRounding, usize, usize, f64, Normalisation);
 
 const TABLE: &[Entry] = &[
     ("b0", 32, BASE, 1280, 1.0, 1.0, Nearest, 192, 224, 0.2, IMAGENET),
@@ -205,20 +206,29 @@ impl Architecture {
             .find_map(|prefix| plain.strip_prefix(prefix).map(str::to_owned))
             .or_else(|| plain.strip_prefix("efficientnet-").map(|rest| format!("v1-{rest}")))
             .unwrap_or_else(|| plain.to_owned());
-        let Some(&(name, stem, rows, head, width, depth, rounding, train_size, eval_size, dropout, normalisation)) =
-            TABLE.iter().find(|row| row.0 == short)
+        let Some(&(
+            name,
+            stem,
+            rows,
+            head,
+            width,
+            depth,
+            rounding,
+            train_size,
+            eval_size,
+            dropout,
+            normalisation,
+        )) = TABLE.iter().find(|row| row.0 == short)
         else {
             let names: Vec<_> = Self::names().collect();
-            return Err(Error::usage("model", name, format!("unknown model; use one of {}", names.join(", "))));
+            return Err(Error::usage(
+                "model",
+                name,
+                format!("unknown model; use one of {}", names.join(", ")),
+            ));
         };
-        let stage = |&(kind, kernel, stride, expansion, channels, repeats, squeeze_ratio): &Row| StageTemplate {
-            kind,
-            kernel,
-            stride,
-            expansion,
-            channels,
-            repeats,
-            squeeze_ratio,
+        let stage = |&(kind, kernel, stride, expansion, channels, repeats, squeeze_ratio): &Row| {
+            StageTemplate { kind, kernel, stride, expansion, channels, repeats, squeeze_ratio }
         };
         Ok(Self {
             name: name.into(),
@@ -243,7 +253,7 @@ impl Architecture {
         let width = |channels| self.rounding.round(channels, self.width);
         let repeats = |n: usize| (self.depth * n as f64).ceil() as usize;
         let total: usize = self.stages.iter().map(|s| repeats(s.repeats)).sum();
-        let (mut inputs, mut index) = (width(self.stem), 0);
+        let (mut inputs, mut index) = (width(self.stem), 0_u32);
         let mut stages = Vec::new();
         for stage in &self.stages {
             let mut blocks = Vec::new();
@@ -257,7 +267,7 @@ impl Architecture {
                     inputs,
                     outputs: width(stage.channels),
                     squeeze: (stage.squeeze_ratio > 0.0).then_some(squeezed.max(1)),
-                    drop_path: self.drop_path * index as f64 / total as f64,
+                    drop_path: self.drop_path * f64::from(index) / total as f64,
                 });
                 inputs = width(stage.channels);
                 index += 1;

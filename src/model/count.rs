@@ -179,13 +179,23 @@ mod tests {
         ("v1-b7", 66_347_960, 66_658_680, 600, 37.746),
     ];
 
-    fn check(name: &str, parameters: usize, statistics: usize, batch_norms: Option<usize>, macs: &[(usize, f64)]) {
+    fn check(
+        name: &str,
+        parameters: usize,
+        statistics: usize,
+        batch_norms: Option<usize>,
+        macs: &[(usize, f64)],
+    ) {
         let spec = Architecture::find(name).unwrap().network(1000);
         for &(size, gmac) in macs {
             let total = summarise(&spec, size).total;
             assert_eq!(total.parameters, parameters, "{name}: parameters");
             assert_eq!(total.statistics, statistics, "{name}: statistics");
-            assert_eq!(format!("{:.3}", total.macs as f64 / 1e9), format!("{gmac:.3}"), "{name}@{size}: GMAC");
+            assert_eq!(
+                format!("{:.3}", total.macs as f64 / 1e9),
+                format!("{gmac:.3}"),
+                "{name}@{size}: GMAC"
+            );
             if let Some(expected) = batch_norms {
                 assert_eq!(total.batch_norms, expected, "{name}: batch norms");
             }

@@ -75,9 +75,9 @@ impl WeightFile {
             Naming::Torchvision => "classifier.1.bias",
         };
         let tensors = self.tensors()?;
-        let bias = tensors
-            .tensor(name)
-            .map_err(|_| Error::file(&self.path, format!("tensor `{name}` is missing; use a file with a classifier")))?;
+        let bias = tensors.tensor(name).map_err(|_| {
+            Error::file(&self.path, format!("tensor `{name}` is missing; use a file with a classifier"))
+        })?;
         Ok(bias.shape() == [network.spec().classes])
     }
 
@@ -227,7 +227,12 @@ mod tests {
         (network, params, stats)
     }
 
-    fn tensors(network: &Network, params: &[f32], stats: &[f32], rename: impl Fn(&str) -> String) -> Vec<NamedTensor> {
+    fn tensors(
+        network: &Network,
+        params: &[f32],
+        stats: &[f32],
+        rename: impl Fn(&str) -> String,
+    ) -> Vec<NamedTensor> {
         let layout = network.layout();
         let mut tensors = named("", &layout.params, params);
         tensors.extend(named("", &layout.stats, stats));
@@ -273,7 +278,10 @@ mod tests {
         load(&network).unwrap();
         let eleven = Network::new(Architecture::find("nano").unwrap().network(11));
         let message = load(&eleven).unwrap_err().to_string();
-        assert!(message.contains("weights.safetensors") && message.contains("classifier.weight"), "{message}");
+        assert!(
+            message.contains("weights.safetensors") && message.contains("classifier.weight"),
+            "{message}"
+        );
         let b0 = Network::new(Architecture::find("b0").unwrap().network(10));
         let message = load(&b0).unwrap_err().to_string();
         assert!(message.contains("another model"), "{message}");

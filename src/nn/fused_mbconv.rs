@@ -68,8 +68,11 @@ impl FusedMbConv {
         vars: &mut Variables<B>,
         mode: Mode,
     ) -> Result<(B::Activation, Tape<B>)> {
-        let expanded =
-            self.expand.as_ref().map(|expand| backend.conv_norm(expand, Load::Plain(x), vars, mode)).transpose()?;
+        let expanded = self
+            .expand
+            .as_ref()
+            .map(|expand| backend.conv_norm(expand, Load::Plain(x), vars, mode))
+            .transpose()?;
         let source = expanded.as_ref().map_or(Load::Plain(x), Load::Silu);
         let projected = backend.conv_norm(&self.project, source, vars, mode)?;
         let drop = if mode == Mode::Train { self.drop } else { None };
@@ -94,7 +97,8 @@ impl FusedMbConv {
         let skip = self.skip.then_some(grad);
         match (&self.expand, &expanded) {
             (Some(expand), Some(expanded)) => {
-                let (dz, owed) = backend.conv_backward_silu(&self.project, (expand, expanded), projection, vars)?;
+                let (dz, owed) =
+                    backend.conv_backward_silu(&self.project, (expand, expanded), projection, vars)?;
                 drop(projected);
                 let expansion = Gradient { gradient: &dz, raw: expanded, owed: &owed };
                 backend.conv_backward(expand, x, expansion, skip, vars)

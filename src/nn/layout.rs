@@ -134,7 +134,8 @@ impl Layout {
         let per_filter = if conv.kind == ConvKind::Depthwise { 1 } else { conv.inputs };
         let shape = vec![conv.outputs, per_filter, conv.kernel, conv.kernel];
         let weight = self.push(format!("{conv_name}.weight"), Role::Kernel(conv), shape);
-        let mut channel = |suffix: &str, role| self.push(format!("{norm_name}.{suffix}"), role, vec![conv.outputs]);
+        let mut channel =
+            |suffix: &str, role| self.push(format!("{norm_name}.{suffix}"), role, vec![conv.outputs]);
         ConvNorm {
             conv,
             weight,
@@ -151,7 +152,8 @@ impl Layout {
     /// Adds a squeeze-excitation called `name`.
     pub(super) fn squeeze_excite(&mut self, name: &str, channels: usize, reduced: usize) -> SqueezeExcite {
         let mut layer = |part: &str, outputs, inputs| {
-            let weight = self.push(format!("{name}.{part}.weight"), Role::SqueezeKernel, vec![outputs, inputs, 1, 1]);
+            let weight =
+                self.push(format!("{name}.{part}.weight"), Role::SqueezeKernel, vec![outputs, inputs, 1, 1]);
             (weight, self.push(format!("{name}.{part}.bias"), Role::Bias, vec![outputs]))
         };
         let (reduce_weight, reduce_bias) = layer("conv_reduce", reduced, channels);

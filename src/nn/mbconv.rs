@@ -47,8 +47,14 @@ impl MbConv {
     ) -> Self {
         let &BlockSpec { kernel, stride, inputs, outputs, .. } = spec;
         let expanded = spec.expanded();
-        let point =
-            |inputs, outputs| Conv { kind: ConvKind::Pointwise, kernel: 1, stride: 1, padding, inputs, outputs };
+        let point = |inputs, outputs| Conv {
+            kind: ConvKind::Pointwise,
+            kernel: 1,
+            stride: 1,
+            padding,
+            inputs,
+            outputs,
+        };
         let filter =
             Conv { kind: ConvKind::Depthwise, kernel, stride, padding, inputs: expanded, outputs: expanded };
         // timm counts batch norms from 1 and calls the projection of a block without expansion `conv_pw`.
@@ -58,7 +64,8 @@ impl MbConv {
         };
         let expand = (spec.expansion != 1).then(|| layer(layout, "conv_pw", 1, point(inputs, expanded)));
         let depthwise = layer(layout, "conv_dw", first, filter);
-        let squeeze = spec.squeeze.map(|reduced| layout.squeeze_excite(&format!("{name}.se"), expanded, reduced));
+        let squeeze =
+            spec.squeeze.map(|reduced| layout.squeeze_excite(&format!("{name}.se"), expanded, reduced));
         let project = layer(layout, projection, first + 1, point(expanded, outputs));
         Self { expand, depthwise, squeeze, project, skip: spec.has_skip(), drop: spec.drop_path(index) }
     }
@@ -70,8 +77,11 @@ impl MbConv {
         vars: &mut Variables<B>,
         mode: Mode,
     ) -> Result<(B::Activation, Tape<B>)> {
-        let expanded =
-            self.expand.as_ref().map(|expand| backend.conv_norm(expand, Load::Plain(x), vars, mode)).transpose()?;
+        let expanded = self
+            .expand
+            .as_ref()
+            .map(|expand| backend.conv_norm(expand, Load::Plain(x), vars, mode))
+            .transpose()?;
         let source = expanded.as_ref().map_or(Load::Plain(x), Load::Silu);
         let filtered = backend.conv_norm(&self.depthwise, source, vars, mode)?;
         let gate = self.squeeze.as_ref().map(|se| backend.squeeze_excite(se, &filtered, vars)).transpose()?;

@@ -11,7 +11,7 @@ use crate::tensor::{Conv, ConvKind};
 #[derive(Clone, Debug, PartialEq)]
 enum Block {
     Fused(FusedMbConv),
-    Mb(MbConv),
+    Mb(Box<MbConv>),
 }
 
 #[derive(Debug)]
@@ -48,7 +48,8 @@ impl Network {
     pub fn new(spec: NetworkSpec) -> Self {
         let mut layout = Layout::default();
         let (padding, norm) = (spec.padding, spec.batch_norm);
-        let stem = Conv { kind: ConvKind::Dense, kernel: 3, stride: 2, padding, inputs: 3, outputs: spec.stem };
+        let stem =
+            Conv { kind: ConvKind::Dense, kernel: 3, stride: 2, padding, inputs: 3, outputs: spec.stem };
         let stem = layout.conv_norm("conv_stem", "bn1", stem, &norm);
         let mut blocks = Vec::new();
         for (i, stage) in spec.stages.iter().enumerate() {
@@ -58,13 +59,21 @@ impl Network {
                     BlockKind::FusedMbConv => {
                         Block::Fused(FusedMbConv::new(&name, index, block, padding, &norm, &mut layout))
                     }
-                    BlockKind::MbConv => Block::Mb(MbConv::new(&name, index, block, padding, &norm, &mut layout)),
+                    BlockKind::MbConv => {
+                        Block::Mb(MbConv::new(&name, index, block, padding, &norm, &mut layout))
+                    }
                 });
             }
         }
         let last = spec.stages.last().and_then(|s| s.blocks.last()).map_or(spec.stem, |b| b.outputs);
-        let head =
-            Conv { kind: ConvKind::Pointwise, kernel: 1, stride: 1, padding, inputs: last, outputs: spec.head };
+        let head = Conv {
+            kind: ConvKind::Pointwise,
+            kernel: 1,
+            stride: 1,
+            padding,
+            inputs: last,
+            outputs: spec.head,
+        };
         let head = layout.conv_norm("conv_head", "bn2", head, &norm);
         let classifier = layout.classifier(spec.head, spec.classes);
         Self { spec, layout, stem, blocks, head, classifier }
@@ -138,7 +147,12 @@ impl Network {
     ///
     /// # Errors
     /// What the backend says; a pass made in [`Mode::Eval`] or without a loss has nothing to go back through.
-    pub fn backward<B: Backend>(&self, backend: &mut B, pass: Pass<B>, vars: &mut Variables<B>) -> Result<()> {
+    pub fn backward<B: Backend>(
+        &self,
+        backend: &mut B,
+        pass: Pass<B>,
+        vars: &mut Variables<B>,
+    ) -> Result<()> {
         let (image, stem, grad) = self.backward_to_stem(backend, pass, vars)?;
         let (dz, owed) = backend.merge_backward((&self.stem, &stem), Activation::Silu, None, &grad, vars)?;
         let gradient = Gradient { gradient: dz.as_ref().unwrap_or(&grad), raw: &stem, owed: &owed };
@@ -180,7 +194,9 @@ impl Network {
         for (block, tape) in self.blocks.iter().zip(tapes).rev() {
             let x = inputs.pop().expect("each block's input was kept");
             grad = match (block, tape) {
-                (Block::Fused(block), BlockTape::Fused(tape)) => block.backward(backend, &x, tape, &grad, vars)?,
+                (Block::Fused(block), BlockTape::Fused(tape)) => {
+                    block.backward(backend, &x, tape, &grad, vars)?
+                }
                 (Block::Mb(block), BlockTape::Mb(tape)) => block.backward(backend, &x, tape, &grad, vars)?,
                 _ => unreachable!("a tape is of the kind of its block"),
             };

@@ -97,7 +97,8 @@ impl TrainConfig {
             return Ok(Self::small(&architecture.name, data, network));
         }
         let last = architecture.train_size;
-        let (stages, first) = if architecture.name.starts_with("v1") { (1, last) } else { (4, 128.min(last)) };
+        let (stages, first) =
+            if architecture.name.starts_with("v1") { (1, last) } else { (4, 128.min(last)) };
         let (magnitude, mix) = match architecture.name.as_str() {
             "m" => (15.0, 0.2),
             "l" | "xl" => (20.0, 0.5),
@@ -188,7 +189,8 @@ impl TrainConfig {
     /// [`validate`](Self::validate).
     pub fn merged(default_model: &str, default_data: &str, overrides: &[(&str, Table)]) -> Result<Self> {
         let text = |key: &str, default: &str| -> Result<String> {
-            let given = overrides.iter().rev().find_map(|(origin, table)| table.get(key).map(|v| (origin, v)));
+            let given =
+                overrides.iter().rev().find_map(|(origin, table)| table.get(key).map(|v| (origin, v)));
             match given {
                 None => Ok(default.to_owned()),
                 Some((_, toml::Value::String(value))) => Ok(value.clone()),
@@ -205,10 +207,15 @@ impl TrainConfig {
             overlay(&mut merged, table);
             if let Err(error) = merged.clone().try_into::<Self>() {
                 let message = error.message().replace('\n', " ");
-                return Err(Error::usage("configuration", origin, format!("{message}; correct or remove it")));
+                return Err(Error::usage(
+                    "configuration",
+                    origin,
+                    format!("{message}; correct or remove it"),
+                ));
             }
         }
-        let mut config: Self = merged.try_into().map_err(|e| Error::usage("configuration", "merged", e.to_string()))?;
+        let mut config: Self =
+            merged.try_into().map_err(|e| Error::usage("configuration", "merged", e.to_string()))?;
         config.model.clone_from(&recipe.model);
         if scales {
             config.learning_rate *= config.batch as f64 / recipe_batch as f64;
@@ -230,7 +237,8 @@ impl TrainConfig {
     /// # Errors
     /// Never for values that [`validate`](Self::validate) accepts.
     pub fn to_toml(&self) -> Result<String> {
-        toml::to_string_pretty(self).map_err(|e| Error::Training(format!("cannot express the configuration: {e}")))
+        toml::to_string_pretty(self)
+            .map_err(|e| Error::Training(format!("cannot express the configuration: {e}")))
     }
 
     /// Checks every value that does not depend on the data.
@@ -240,7 +248,9 @@ impl TrainConfig {
     pub fn validate(&self) -> Result<()> {
         Architecture::find(&self.model)?;
         let at_least_one = [("epochs", u64::from(self.epochs)), ("batch", self.batch as u64)];
-        for (key, value) in at_least_one.into_iter().chain([("evaluate_every", u64::from(self.evaluate_every))]) {
+        for (key, value) in
+            at_least_one.into_iter().chain([("evaluate_every", u64::from(self.evaluate_every))])
+        {
             if value == 0 {
                 return Err(Error::usage(key, 0, "must be at least 1"));
             }
@@ -260,8 +270,13 @@ impl TrainConfig {
                 return Err(Error::usage(key, share, "must lie in [0, 1)"));
             }
         }
-        let positive = [("learning_rate", self.learning_rate), ("network.batch_norm.epsilon", self.network.batch_norm.epsilon)];
-        for (key, value) in positive.into_iter().chain(self.max_gradient_norm.map(|v| ("max_gradient_norm", v))) {
+        let positive = [
+            ("learning_rate", self.learning_rate),
+            ("network.batch_norm.epsilon", self.network.batch_norm.epsilon),
+        ];
+        for (key, value) in
+            positive.into_iter().chain(self.max_gradient_norm.map(|v| ("max_gradient_norm", v)))
+        {
             if !(value > 0.0 && value.is_finite()) {
                 return Err(Error::usage(key, value, "must be a positive number"));
             }
@@ -270,7 +285,8 @@ impl TrainConfig {
             return Err(Error::usage("weight_decay", self.weight_decay, "must be a number of at least 0"));
         }
         if self.train_images.mix != MixConfig::default() {
-            let problem = "mixing follows the stages; set progressive.mixup_alpha and progressive.cutmix_alpha";
+            let problem =
+                "mixing follows the stages; set progressive.mixup_alpha and progressive.cutmix_alpha";
             return Err(Error::usage("train_images.mix", format!("{:?}", self.train_images.mix), problem));
         }
         self.optimizer.validate()?;
@@ -331,7 +347,9 @@ mod tests {
 
     #[test]
     fn later_keys_win_and_tables_merge() {
-        let file = table("model = 's'\nbatch = 64\n[progressive]\nimage_size = [96, 160]\n[optimizer]\nrule = 'sgd'");
+        let file = table(
+            "model = 's'\nbatch = 64\n[progressive]\nimage_size = [96, 160]\n[optimizer]\nrule = 'sgd'",
+        );
         let flags = table("batch = 128");
         let config = TrainConfig::merged("b0", "pictures", &[("run.toml", file), ("flags", flags)]).unwrap();
         assert_eq!((config.model.as_str(), config.data.as_str(), config.batch), ("s", "pictures", 128));

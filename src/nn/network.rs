@@ -60,7 +60,7 @@ impl Network {
                         Block::Fused(FusedMbConv::new(&name, index, block, padding, &norm, &mut layout))
                     }
                     BlockKind::MbConv => {
-                        Block::Mb(MbConv::new(&name, index, block, padding, &norm, &mut layout))
+                        Block::Mb(Box::new(MbConv::new(&name, index, block, padding, &norm, &mut layout)))
                     }
                 });
             }

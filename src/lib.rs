@@ -1,4 +1,46 @@
-//! EfficientNetV2 with manual backprop.
+//! EfficientNetV2 (Tan & Le, ICML 2021) with manual backprop.
+//!
+//! The crate holds every network of the family as data ([`model`]), the blocks with forward and backward written once
+//! against a trait of fused operations ([`nn`], [`backend`]), a CPU implementation of that trait which is the oracle of
+//! every kernel ([`reference`]), datasets and augmentation ([`data`]), and the training recipe with progressive
+//! learning ([`train`]).
+//!
+//! # Example
+//!
+//! One training step of a toy network on the CPU:
+//!
+//! ```
+//! use effnetv2::backend::{Backend, Mode, StepKey, Variables};
+//! use effnetv2::model::{Architecture, initial_values};
+//! use effnetv2::nn::Network;
+//! use effnetv2::reference::Reference;
+//! use effnetv2::tensor::Shape;
+//!
+//! # fn main() -> effnetv2::Result<()> {
+//! let network = Network::new(Architecture::find("nano")?.network(10));
+//! let (params, stats) = initial_values::<f32>(network.layout(), 0);
+//! let grads = vec![0.0; params.len()];
+//! let mut vars = Variables { params, grads, stats };
+//!
+//! let mut cpu = Reference::new();
+//! cpu.begin_step(&StepKey { seed: 0, epoch: 0, images: vec![0, 1] });
+//! let images = cpu.tensor(Shape::new(2, 32, 32, 3), vec![0.5; 2 * 32 * 32 * 3])?;
+//! let mut pass = network.forward(&mut cpu, images, &mut vars, Mode::Train, 0.2)?;
+//! let loss = cpu.cross_entropy(&mut pass.head, &[0.1; 20])?;
+//! network.backward(&mut cpu, pass, &mut vars)?;
+//! assert!(loss.is_finite() && cpu.norm(&vars.grads)? > 0.0);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Determinism
+//!
+//! Random numbers are a pure function of (seed, epoch, image, purpose) ([`random`]), work is cut by shape alone and partial
+//! sums are added in a fixed order: the same run gives the same bits on any number of threads, interrupted or not.
+//!
+//! # Features
+//!
+//! `cli` (default): the command-line program and its dependencies.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod backend;

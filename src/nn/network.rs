@@ -43,6 +43,14 @@ pub struct Pass<B: Backend> {
     inputs: Vec<B::Activation>,
 }
 
+/// The gradient of the stem's raw output, and what the stem's convolution read.
+struct StemGradient<B: Backend> {
+    images: B::Activation,
+    stem: Raw<B>,
+    gradient: B::Activation,
+    owed: B::Owed,
+}
+
 impl Network {
     /// Lays out the network that `spec` describes.
     pub fn new(spec: NetworkSpec) -> Self {
@@ -153,10 +161,9 @@ impl Network {
         pass: Pass<B>,
         vars: &mut Variables<B>,
     ) -> Result<()> {
-        let (image, stem, grad) = self.backward_to_stem(backend, pass, vars)?;
-        let (dz, owed) = backend.merge_backward((&self.stem, &stem), Activation::Silu, None, &grad, vars)?;
-        let gradient = Gradient { gradient: dz.as_ref().unwrap_or(&grad), raw: &stem, owed: &owed };
-        backend.conv_backward_weights(&self.stem, &image, gradient, vars)
+        let StemGradient { images, stem, gradient, owed } = self.backward_to_stem(backend, pass, vars)?;
+        let gradient = Gradient { gradient: &gradient, raw: &stem, owed: &owed };
+        backend.conv_backward_weights(&self.stem, &images, gradient, vars)
     }
 
     /// [`backward`](Self::backward), with the gradient of the images.
@@ -169,19 +176,18 @@ impl Network {
         pass: Pass<B>,
         vars: &mut Variables<B>,
     ) -> Result<B::Activation> {
-        let (image, stem, grad) = self.backward_to_stem(backend, pass, vars)?;
-        let (dz, owed) = backend.merge_backward((&self.stem, &stem), Activation::Silu, None, &grad, vars)?;
-        let gradient = Gradient { gradient: dz.as_ref().unwrap_or(&grad), raw: &stem, owed: &owed };
-        backend.conv_backward(&self.stem, &image, gradient, None, vars)
+        let StemGradient { images, stem, gradient, owed } = self.backward_to_stem(backend, pass, vars)?;
+        let gradient = Gradient { gradient: &gradient, raw: &stem, owed: &owed };
+        backend.conv_backward(&self.stem, &images, gradient, None, vars)
     }
 
-    /// Head and blocks: the images, the stem's raw output and the gradient of its activation.
+    /// Back through head, blocks and the stem's activation.
     fn backward_to_stem<B: Backend>(
         &self,
         backend: &mut B,
         pass: Pass<B>,
         vars: &mut Variables<B>,
-    ) -> Result<(B::Activation, Raw<B>, B::Activation)> {
+    ) -> Result<StemGradient<B>> {
         let Pass { head, features, stem, tapes, mut inputs } = pass;
         let (Some(stem), Some(input)) = (stem, inputs.pop()) else {
             let problem = "a pass in evaluation mode keeps nothing to go back through".into();
@@ -201,7 +207,8 @@ impl Network {
                 _ => unreachable!("a tape is of the kind of its block"),
             };
         }
-        let image = inputs.pop().expect("the image was kept");
-        Ok((image, stem, grad))
+        let images = inputs.pop().expect("the images were kept");
+        let (dz, owed) = backend.merge_backward((&self.stem, &stem), Activation::Silu, None, &grad, vars)?;
+        Ok(StemGradient { images, stem, gradient: dz.unwrap_or(grad), owed })
     }
 }

@@ -6,6 +6,8 @@
 //! it ([`Owed`](Backend::Owed)), which is affine per channel, a·g + b·y + c, and is paid by the convolution that reads
 //! it. An implementation may do all of this in the prologues and epilogues of its kernels or in passes of its own.
 
+#![forbid(unsafe_code)]
+
 use crate::Result;
 use crate::data::MixPlan;
 use crate::optimizer::{Rule, Step};

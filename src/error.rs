@@ -1,5 +1,7 @@
 //! The one error type of the crate. Every message names the file, flag or value at fault and the next step.
 
+#![forbid(unsafe_code)]
+
 use std::path::{Path, PathBuf};
 
 /// What can go wrong, told so that the reader can mend it.

@@ -5,6 +5,8 @@
 //! It sits below both executions of a step, the CPU reference ([`crate::reference::optimizer`]) and the CUDA kernel,
 //! so that neither has to know the other.
 
+#![forbid(unsafe_code)]
+
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 

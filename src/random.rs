@@ -3,6 +3,8 @@
 //! A value is a pure function of (seed, epoch, image, purpose), so neither the order of images nor the number of
 //! threads nor an interruption can change it, and a kernel can compute the very same bits.
 
+#![forbid(unsafe_code)]
+
 use rand_core::{TryRng, utils};
 use std::convert::Infallible;
 

@@ -3,6 +3,8 @@
 //! Everything is NHWC, channels innermost. A convolution is described by [`Conv`]; its output side and its padding
 //! follow from the input side by one of the two conventions of [`Padding`].
 
+#![forbid(unsafe_code)]
+
 use crate::{Error, Result};
 use ndarray::{ArrayView2, ArrayViewMut2, LinalgScalar, ScalarOperand};
 use std::fmt::{Debug, Display};

@@ -9,6 +9,8 @@
 //! is a pure function of the configuration, the epoch and its number: the count of threads cannot change it, and
 //! training resumed in the middle of an epoch sees exactly what it would have seen.
 
+#![forbid(unsafe_code)]
+
 mod decode;
 pub mod digits;
 mod draw;

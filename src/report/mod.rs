@@ -1,5 +1,7 @@
 //! What a run leaves for people to read: tables, curves, confusion matrices, and the metrics they are drawn from.
 
+#![forbid(unsafe_code)]
+
 mod axis;
 mod canvas;
 pub mod confusion;

@@ -73,10 +73,10 @@ pub fn moments<F: Real>(y: &Tensor<F>) -> Moments {
         .map(|piece| {
             let data = &y.data()[piece.range];
             let count = data.len() / channels;
-            let sum = simd(|| sums(data, channels));
+            let sum = simd(#[inline(always)] || sums(data, channels));
             let mean: Vec<f64> = sum.iter().map(|s| s / count as f64).collect();
             let center: Vec<F> = mean.iter().map(|&m| F::of(m)).collect();
-            let (offset, squares) = simd(|| centred_sums(data, &center));
+            let (offset, squares) = simd(#[inline(always)] || centred_sums(data, &center));
             // The centre was rounded to F: what is left of the mean corrects both.
             let rest = |c: usize| offset[c] / count as f64;
             let exact = (0..channels).map(|c| center[c].f64() + rest(c)).collect();
@@ -172,7 +172,7 @@ pub fn apply<F: Real>(y: &Tensor<F>, norm: &Norm<F>, act: Activation, gate: Opti
     for_pieces(shape, out.data_mut(), |piece, out| {
         let y = &y.data()[piece.range.clone()];
         let gate = gate.map(|g| repeat(row(g, piece.image, shape.c)));
-        simd(|| {
+        simd(#[inline(always)] || {
             for (y, out) in y.chunks(scale.len()).zip(out.chunks_mut(scale.len())) {
                 let normalised = y.iter().zip(&scale).zip(&shift).map(|((&y, &a), &b)| a * y + b);
                 match (act, &gate) {
@@ -205,7 +205,7 @@ pub fn merge<F: Real>(
     for_pieces(y.shape(), out.data_mut(), |piece, out| {
         let factor = factors.map_or(F::one(), |f| f[piece.image]);
         match skip {
-            Some(skip) => simd(|| {
+            Some(skip) => simd(#[inline(always)] || {
                 for (o, &s) in out.iter_mut().zip(&skip.data()[piece.range.clone()]) {
                     *o = factor * *o + s;
                 }
@@ -228,7 +228,7 @@ pub fn backward<F: Real>(
     let pass = Pass::new(norm);
     let parts = for_pieces(shape, grad.data_mut(), |piece, grad| {
         let y = &y.data()[piece.range.clone()];
-        simd(|| pass.silu(piece, y, grad, arrival))
+        simd(#[inline(always)] || pass.silu(piece, y, grad, arrival))
     });
     total(parts, shape)
 }
@@ -245,7 +245,7 @@ pub fn backward_identity<F: Real>(
     let parts = pieces(shape).into_par_iter().map(|piece| {
         let (y, grad) = (&y.data()[piece.range.clone()], &grad.data()[piece.range.clone()]);
         let factor = factors.map_or(F::one(), |f| f[piece.image]);
-        simd(|| pass.identity(y, grad, factor))
+        simd(#[inline(always)] || pass.identity(y, grad, factor))
     });
     total(parts.collect(), shape)
 }
@@ -344,7 +344,7 @@ impl<F: Real> Owed<F> {
         for_pieces(shape, out.data_mut(), |piece, out| {
             let (grad, y) = (&grad.data()[piece.range.clone()], &y.data()[piece.range.clone()]);
             let factor = self.factors.as_ref().map_or(F::one(), |f| f[piece.image]);
-            simd(|| {
+            simd(#[inline(always)] || {
                 for ((out, grad), y) in out.chunks_mut(a.len()).zip(grad.chunks(a.len())).zip(y.chunks(a.len())) {
                     let n = out.len();
                     let (grad, y, a, b, c) = (&grad[..n], &y[..n], &a[..n], &b[..n], &c[..n]);

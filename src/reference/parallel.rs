@@ -100,5 +100,5 @@ pub(super) fn matmul<F: Real>(a: ArrayView2<'_, F>, b: ArrayView2<'_, F>, beta: 
 
 /// x += y.
 pub(super) fn add<F: Real>(x: &mut Tensor<F>, y: &Tensor<F>) {
-    for_pieces(y.shape(), x.data_mut(), |piece, part| simd(|| accumulate(part, &y.data()[piece.range.clone()])));
+    for_pieces(y.shape(), x.data_mut(), |piece, part| simd(#[inline(always)] || accumulate(part, &y.data()[piece.range.clone()])));
 }

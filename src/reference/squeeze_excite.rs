@@ -26,7 +26,7 @@ pub fn sum_pixels<F: Real>(x: &Tensor<F>, weight: Option<&Tensor<F>>) -> Array2<
         .map(|piece| {
             let data = &x.data()[piece.range.clone()];
             let weight = weight.map(|w| &w.data()[piece.range.clone()]);
-            let sums = simd(|| {
+            let sums = simd(#[inline(always)] || {
                 let mut sum = repeat(&vec![F::zero(); shape.c]);
                 let period = sum.len();
                 match weight {

@@ -4,7 +4,7 @@
 //! under the kernel, zeros outside the image. Then y = L·Wᵀ, dW += dyᵀ·L, and dx is the transpose of lowering
 //! applied to dy·W. The weights are \[out, kh, kw, in\].
 
-use super::parallel::accumulate;
+use super::parallel::{accumulate, simd};
 use crate::tensor::{Conv, Real, Shape, Tensor, matrix, matrix_mut};
 use ndarray::linalg::general_mat_mul;
 use rayon::prelude::*;
@@ -27,6 +27,7 @@ fn strips(y: Shape) -> impl Iterator<Item = Range<usize>> {
 }
 
 /// Visits the runs that input and lowered matrix share: `visit(offset in the image, offset in L, length)`.
+#[inline(always)]
 fn for_runs(conv: &Conv, x: Shape, y: Shape, rows: Range<usize>, mut visit: impl FnMut(usize, usize, usize)) {
     let (channels, columns) = (conv.inputs, columns(conv));
     for (strip_row, oh) in rows.enumerate() {
@@ -90,8 +91,10 @@ pub fn backward_input<F: Real>(conv: &Conv, dy: &Tensor<F>, weight: &[F], x: Sha
             let part = &dy[rows.start * y.w * y.c..][..pixels * y.c];
             let target = &mut matrix_mut(lowered, pixels, columns(conv));
             general_mat_mul(F::one(), &matrix(part, pixels, y.c), &weight, F::zero(), target);
-            for_runs(conv, x, y, rows, |source, target, len| {
-                accumulate(&mut dx[source..source + len], &lowered[target..target + len]);
+            simd(#[inline(always)] || {
+                for_runs(conv, x, y, rows, |source, target, len| {
+                    accumulate(&mut dx[source..source + len], &lowered[target..target + len]);
+                });
             });
         }
     });

@@ -13,7 +13,8 @@ const SMALL_PRODUCT: usize = 1 << 18;
 /// The width to which per-channel vectors are repeated, so that few channels still fill the vector registers.
 const PERIOD: usize = 256;
 
-/// Runs `f` compiled for the widest vector instructions this machine has.
+/// Runs `f` compiled for the widest vector instructions this machine has. A closure must be marked
+/// `#[inline(always)]`, and so must what it calls: a function that stays one of its own is compiled for the narrowest.
 #[inline(always)]
 pub(super) fn simd<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
@@ -75,6 +76,7 @@ pub(super) fn fold<F: Real>(repeated: &[F], channels: usize) -> Vec<f64> {
 }
 
 /// Adds `part` to `sum`, element by element.
+#[inline(always)]
 pub(super) fn accumulate<F: Real>(sum: &mut [F], part: &[F]) {
     for (s, &p) in sum.iter_mut().zip(part) {
         *s += p;

@@ -187,8 +187,7 @@ impl<F: Real> Backend for Reference<F> {
 
     fn squeeze_excite(&mut self, layer: &SqueezeExcite, x: &Raw<Self>, vars: &Variables<Self>) -> Result<Gate<F>> {
         check_shapes("squeeze-excitation", x.y.shape(), x.y.shape().with_channels(layer.channels))?;
-        let x = loaded(Load::Silu(x));
-        Ok(squeeze_excite::forward(layer, &x, &vars.params))
+        Ok(squeeze_excite::forward(layer, &x.y, &x.norm, &vars.params))
     }
 
     fn merge(
@@ -215,7 +214,7 @@ impl<F: Real> Backend for Reference<F> {
         let shape = x.y.shape();
         check_shapes("classifier", shape, shape.with_channels(layer.features))?;
         let scale = F::one() / F::of((shape.h * shape.w) as f64);
-        let mut features = squeeze_excite::sum_pixels(&loaded(Load::Silu(x)), None) * scale;
+        let mut features = squeeze_excite::sum_pixels(&x.y, &x.norm, None) * scale;
         let dropout = (dropout > 0.0).then(|| head::dropout_factors(&self.key, dropout, layer.features));
         if let Some(factors) = &dropout {
             if factors.nrows() != shape.n {
@@ -347,7 +346,7 @@ impl<F: Real> Backend for Reference<F> {
     ) -> Result<(Tensor<F>, Owed<F>)> {
         let mut dx = self.conv_backward(layer, &loaded(Load::Gated(raw, gate)), grad, None, vars)?;
         let shape = raw.y.shape();
-        let dgate = squeeze_excite::sum_pixels(&dx, Some(&loaded(Load::Silu(raw))));
+        let dgate = squeeze_excite::sum_pixels(&raw.y, &raw.norm, Some(&dx));
         let pixels = shape.h * shape.w;
         let dpool = squeeze_excite::backward(squeeze, gate, &dgate, pixels, &vars.params, &mut vars.grads);
         let (gate, dpool) = (gate.gate.as_slice(), dpool.as_slice());

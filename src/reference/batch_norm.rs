@@ -168,7 +168,7 @@ fn row<F>(matrix: &[F], image: usize, channels: usize) -> &[F] {
 pub fn apply<F: Real>(y: &Tensor<F>, norm: &Norm<F>, act: Activation, gate: Option<&[F]>) -> Tensor<F> {
     let shape = y.shape();
     let (scale, shift) = (repeat(&norm.scale), repeat(&norm.shift));
-    let mut out = Tensor::zeros(shape);
+    let mut out = y.sibling(shape);
     for_pieces(shape, out.data_mut(), |piece, out| {
         let y = &y.data()[piece.range.clone()];
         let gate = gate.map(|g| repeat(row(g, piece.image, shape.c)));
@@ -340,7 +340,7 @@ impl<F: Real> Owed<F> {
         let shape = y.shape();
         let (b, c) = (repeat(&self.b), repeat(&self.c));
         let a = repeat(&self.a);
-        let mut out = Tensor::zeros(shape);
+        let mut out = y.sibling(shape);
         for_pieces(shape, out.data_mut(), |piece, out| {
             let (grad, y) = (&grad.data()[piece.range.clone()], &y.data()[piece.range.clone()]);
             let factor = self.factors.as_ref().map_or(F::one(), |f| f[piece.image]);

@@ -59,7 +59,7 @@ pub fn forward<F: Real>(conv: &Conv, x: &Tensor<F>, weight: &[F], y: Shape) -> T
     let shape = x.shape();
     let (image_in, image_out) = (shape.h * shape.w * shape.c, y.h * y.w * y.c);
     let weight = matrix(weight, conv.outputs, columns(conv));
-    let mut out = Tensor::zeros(y);
+    let mut out = x.sibling(y);
     let mut tasks = Vec::new();
     for (image, target) in x.data().chunks(image_in).zip(out.data_mut().chunks_mut(image_out)) {
         let mut rest = target;
@@ -82,9 +82,10 @@ pub fn forward<F: Real>(conv: &Conv, x: &Tensor<F>, weight: &[F], y: Shape) -> T
 pub fn backward_input<F: Real>(conv: &Conv, dy: &Tensor<F>, weight: &[F], x: Shape) -> Tensor<F> {
     let y = dy.shape();
     let weight = matrix(weight, conv.outputs, columns(conv));
-    let mut dx = Tensor::zeros(x);
+    let mut dx = dy.sibling(x);
     let images = dx.data_mut().par_chunks_mut(x.h * x.w * x.c).zip(dy.data().par_chunks(y.h * y.w * y.c));
     images.for_each_init(Vec::new, |lowered: &mut Vec<F>, (dx, dy)| {
+        dx.fill(F::zero());
         for rows in strips(y) {
             let pixels = rows.len() * y.w;
             lowered.resize(pixels * columns(conv), F::zero());

@@ -86,7 +86,7 @@ fn filter<F: Real>(conv: &Conv, source: &Tensor<F>, weight: &[F], out: Shape, me
     let whole = out.c / LANES * LANES;
     let geometry = (conv.kernel, shape.w, shape.c);
     let [rows, columns] = meets;
-    let mut result = Tensor::zeros(out);
+    let mut result = source.sibling(out);
     result.data_mut().par_chunks_mut(out.w * out.c).enumerate().for_each(|(row, target)| {
         let meets = (&rows[row % out.h], &columns[..]);
         let data = (&source.data()[row / out.h * image..][..image], weight);

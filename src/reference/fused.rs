@@ -7,19 +7,20 @@ use crate::backend::{
     Activation, Backend, Classifier, ConvNorm, DropPath, Gradient, Load, Mode, Raw, SqueezeExcite, StepKey, Variables,
 };
 use crate::optimizer::{Rule, Step};
+use crate::pool::Pool;
 use crate::random::{Purpose, Stream};
 use crate::tensor::{ConvKind, Real, Shape, Tensor};
 use crate::{Error, Result};
 use ndarray::Array2;
 use std::borrow::Cow;
-use std::marker::PhantomData;
 use std::ops::Range;
 
 /// The CPU reference as a backend; `F` is f32 or f64.
 #[derive(Clone, Debug, Default)]
 pub struct Reference<F> {
     key: StepKey,
-    element: PhantomData<F>,
+    /// Where the tensors of one step leave their memory to the next.
+    pool: Pool<F>,
 }
 
 /// Logits, and what made them.
@@ -36,7 +37,7 @@ pub struct Head<F> {
 impl<F: Real> Reference<F> {
     /// A backend on this machine's CPU.
     pub fn new() -> Self {
-        Self { key: StepKey::default(), element: PhantomData }
+        Self { key: StepKey::default(), pool: Pool::default() }
     }
 
     /// 0 or 1 / (1 − rate) for each of `images` images.
@@ -133,7 +134,7 @@ impl<F: Real> Backend for Reference<F> {
     }
 
     fn tensor(&self, shape: Shape, values: Vec<F>) -> Result<Tensor<F>> {
-        Tensor::from_vec(shape, values)
+        Ok(Tensor::from_vec(shape, values)?.with_pool(&self.pool))
     }
 
     fn values(&self, x: &Tensor<F>) -> Result<Vec<F>> {
@@ -146,6 +147,7 @@ impl<F: Real> Backend for Reference<F> {
 
     fn begin_step(&mut self, key: &StepKey) {
         self.key.clone_from(key);
+        self.pool.trim();
     }
 
     fn conv_norm(
@@ -259,7 +261,7 @@ impl<F: Real> Backend for Reference<F> {
         }
         let shape = x.y.shape();
         dpooled.mapv_inplace(|d| d / F::of((shape.h * shape.w) as f64));
-        let mut grad = Tensor::zeros(shape);
+        let mut grad = x.y.sibling(shape);
         squeeze_excite::spread(&dpooled, &mut grad);
         let sums = batch_norm::backward(&mut grad, &x.y, &x.norm, Arrival::Alone);
         let owed = owe(producer, &x.norm, sums, None, &mut vars.grads);

@@ -28,7 +28,8 @@ fn training_step(c: &mut Criterion) {
         let mut vars = Variables { params, grads, stats };
         let mut backend = Reference::<f32>::new();
         let shape = Shape::new(batch, side, side, 3);
-        let pixels: Vec<f32> = (0..shape.elements()).map(|i| (i as f32 * 0.618).fract() * 2.0 - 1.0).collect();
+        let pixels: Vec<f32> =
+            (0..shape.elements()).map(|i| (i as f32 * 0.618).fract() * 2.0 - 1.0).collect();
         let mut targets = vec![0.0; batch * 1000];
         (0..batch).for_each(|i| targets[i * 1000 + i * 7] = 1.0);
         let images: Vec<u32> = (0..batch as u32).collect();
@@ -37,7 +38,8 @@ fn training_step(c: &mut Criterion) {
             b.iter(|| {
                 backend.begin_step(&StepKey { seed: 1, epoch: 0, images: images.clone() });
                 let x = backend.tensor(shape, pixels.clone()).expect("a tensor");
-                let mut pass = network.forward(&mut backend, x, &mut vars, Mode::Train, 0.2).expect("forward");
+                let mut pass =
+                    network.forward(&mut backend, x, &mut vars, Mode::Train, 0.2).expect("forward");
                 black_box(backend.cross_entropy(&mut pass.head, &targets).expect("loss"));
                 network.backward(&mut backend, pass, &mut vars).expect("backward");
                 let step = Step { number, learning_rate: 1e-4, weight_decay: 0.0, gradient_scale: 1.0 };

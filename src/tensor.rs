@@ -381,7 +381,8 @@ mod tests {
         for (side, expected) in [(6, [210, 432, 54]), (5, [100, 321, 43])] {
             for (out, value) in expected.into_iter().enumerate() {
                 let (taps, first) = conv.taps(out, side);
-                let sum: usize = taps.clone().map(|t| (first + t - taps.start) * 10_usize.pow(t as u32)).sum();
+                let sum: usize =
+                    taps.clone().map(|t| (first + t - taps.start) * 10_usize.pow(t as u32)).sum();
                 assert_eq!(sum, value, "side {side}, output {out}");
             }
         }

@@ -4,7 +4,7 @@
 //! under the kernel, zeros outside the image. Then y = L·Wᵀ, dW += dyᵀ·L, and dx is the transpose of lowering
 //! applied to dy·W. The weights are \[out, kh, kw, in\].
 
-use super::parallel::{accumulate, simd};
+use super::parallel::{accumulate, accumulate_all, simd};
 use crate::tensor::{Conv, Real, Shape, Tensor, matrix, matrix_mut};
 use ndarray::linalg::general_mat_mul;
 use rayon::prelude::*;
@@ -92,11 +92,14 @@ pub fn backward_input<F: Real>(conv: &Conv, dy: &Tensor<F>, weight: &[F], x: Sha
             let part = &dy[rows.start * y.w * y.c..][..pixels * y.c];
             let target = &mut matrix_mut(lowered, pixels, columns(conv));
             general_mat_mul(F::one(), &matrix(part, pixels, y.c), &weight, F::zero(), target);
-            simd(#[inline(always)] || {
-                for_runs(conv, x, y, rows, |source, target, len| {
-                    accumulate(&mut dx[source..source + len], &lowered[target..target + len]);
-                });
-            });
+            simd(
+                #[inline(always)]
+                || {
+                    for_runs(conv, x, y, rows, |source, target, len| {
+                        accumulate(&mut dx[source..source + len], &lowered[target..target + len]);
+                    });
+                },
+            );
         }
     });
     dx
@@ -125,7 +128,5 @@ pub fn backward_weight<F: Real>(conv: &Conv, x: &Tensor<F>, dy: &Tensor<F>, grad
             sum
         })
         .collect();
-    for part in partial {
-        accumulate(grad, &part);
-    }
+    accumulate_all(grad, &partial);
 }

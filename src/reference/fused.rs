@@ -4,7 +4,8 @@ use super::batch_norm::{self, Arrival, Moments, Norm, Owed};
 use super::squeeze_excite::{self, Gate};
 use super::{conv3x3, depthwise, head, optimizer, pointwise};
 use crate::backend::{
-    Activation, Backend, Classifier, ConvNorm, DropPath, Gradient, Load, Mode, Raw, SqueezeExcite, StepKey, Variables,
+    Activation, Backend, Classifier, ConvNorm, DropPath, Gradient, Load, Mode, Raw, SqueezeExcite, StepKey,
+    Variables,
 };
 use crate::optimizer::{Rule, Step};
 use crate::pool::Pool;
@@ -173,7 +174,13 @@ impl<F: Real> Backend for Reference<F> {
                 let moments = batch_norm::moments(&y);
                 let mut running_var = vars.stats[var.clone()].to_vec();
                 let (momentum, estimator) = (layer.momentum, layer.variance);
-                batch_norm::update_running(&mut vars.stats[mean], &mut running_var, &moments, momentum, estimator);
+                batch_norm::update_running(
+                    &mut vars.stats[mean],
+                    &mut running_var,
+                    &moments,
+                    momentum,
+                    estimator,
+                );
                 vars.stats[var].copy_from_slice(&running_var);
                 moments
             }
@@ -187,7 +194,12 @@ impl<F: Real> Backend for Reference<F> {
         Ok(Raw { y, norm })
     }
 
-    fn squeeze_excite(&mut self, layer: &SqueezeExcite, x: &Raw<Self>, vars: &Variables<Self>) -> Result<Gate<F>> {
+    fn squeeze_excite(
+        &mut self,
+        layer: &SqueezeExcite,
+        x: &Raw<Self>,
+        vars: &Variables<Self>,
+    ) -> Result<Gate<F>> {
         check_shapes("squeeze-excitation", x.y.shape(), x.y.shape().with_channels(layer.channels))?;
         Ok(squeeze_excite::forward(layer, &x.y, &x.norm, &vars.params))
     }
@@ -255,7 +267,8 @@ impl<F: Real> Backend for Reference<F> {
             let problem = "the loss comes before its gradient".into();
             return Err(Error::Shape { operation: "head backward", problem });
         };
-        let mut dpooled = head::classify_backward(layer, &head.features, dlogits, &vars.params, &mut vars.grads);
+        let mut dpooled =
+            head::classify_backward(layer, &head.features, dlogits, &vars.params, &mut vars.grads);
         if let Some(factors) = &head.dropout {
             dpooled *= factors;
         }

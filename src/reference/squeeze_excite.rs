@@ -1,11 +1,10 @@
 //! Squeeze-excitation (Hu et al. 2018): s = σ(W₂·SiLU(W₁·p + b₁) + b₂), where p is the mean of x over its pixels.
 
 use super::batch_norm::Norm;
-use super::parallel::{fold, for_pieces, pieces, repeat, simd};
+use super::parallel::{fold, for_pieces, matmul, pieces, product, repeat, simd};
 use crate::backend::SqueezeExcite;
 use crate::tensor::{Real, Tensor, matrix, matrix_mut};
 use ndarray::{Array2, Axis};
-use ndarray::linalg::general_mat_mul;
 use rayon::prelude::*;
 
 /// Everything the forward pass knows of a gate; matrices have a row for each image.
@@ -29,17 +28,24 @@ pub fn sum_pixels<F: Real>(y: &Tensor<F>, norm: &Norm<F>, weight: Option<&Tensor
         .map(|piece| {
             let y = &y.data()[piece.range.clone()];
             let weight = weight.map(|w| &w.data()[piece.range]);
-            let sums = simd(#[inline(always)] || {
-                let mut sum = vec![F::zero(); period];
-                for (i, y) in y.chunks(period).enumerate() {
-                    let x = y.iter().zip(&scale).zip(&shift).map(|((&y, &a), &b)| (a * y + b).silu());
-                    match weight {
-                        None => sum.iter_mut().zip(x).for_each(|(s, x)| *s += x),
-                        Some(w) => sum.iter_mut().zip(x).zip(&w[i * period..]).for_each(|((s, x), &w)| *s += x * w),
+            let sums = simd(
+                #[inline(always)]
+                || {
+                    let mut sum = vec![F::zero(); period];
+                    for (i, y) in y.chunks(period).enumerate() {
+                        let x = y.iter().zip(&scale).zip(&shift).map(|((&y, &a), &b)| (a * y + b).silu());
+                        match weight {
+                            None => sum.iter_mut().zip(x).for_each(|(s, x)| *s += x),
+                            Some(w) => sum
+                                .iter_mut()
+                                .zip(x)
+                                .zip(&w[i * period..])
+                                .for_each(|((s, x), &w)| *s += x * w),
+                        }
                     }
-                }
-                fold(&sum, shape.c)
-            });
+                    fold(&sum, shape.c)
+                },
+            );
             (piece.image, sums)
         })
         .collect();
@@ -58,8 +64,8 @@ pub fn forward<F: Real>(layer: &SqueezeExcite, y: &Tensor<F>, norm: &Norm<F>, pa
     let reduce = matrix(&params[layer.reduce_weight.clone()], reduced, channels);
     let expand = matrix(&params[layer.expand_weight.clone()], channels, reduced);
     let bias = |range: &std::ops::Range<usize>| ndarray::ArrayView1::from(&params[range.clone()]);
-    let hidden = pooled.dot(&reduce.t()) + bias(&layer.reduce_bias);
-    let gate = (hidden.mapv(F::silu).dot(&expand.t()) + bias(&layer.expand_bias)).mapv(F::sigmoid);
+    let hidden = product(pooled.view(), reduce.t()) + bias(&layer.reduce_bias);
+    let gate = (product(hidden.mapv(F::silu).view(), expand.t()) + bias(&layer.expand_bias)).mapv(F::sigmoid);
     Gate { pooled, hidden, gate }
 }
 
@@ -77,10 +83,10 @@ pub fn backward<F: Real>(
     let reduce = matrix(&params[layer.reduce_weight.clone()], reduced, channels);
     let expand = matrix(&params[layer.expand_weight.clone()], channels, reduced);
     let dlogit = dgate * &state.gate.mapv(|s| s * (F::one() - s));
-    let dhidden = dlogit.dot(&expand) * state.hidden.mapv(F::silu_grad);
+    let dhidden = product(dlogit.view(), expand) * state.hidden.mapv(F::silu_grad);
     let mut weight = |range: &std::ops::Range<usize>, dy: &Array2<F>, x: &Array2<F>| {
-        let mut grad = matrix_mut(&mut grads[range.clone()], dy.ncols(), x.ncols());
-        general_mat_mul(F::one(), &dy.t(), x, F::one(), &mut grad);
+        let grad = matrix_mut(&mut grads[range.clone()], dy.ncols(), x.ncols());
+        matmul(dy.t(), x.view(), F::one(), grad);
     };
     weight(&layer.expand_weight, &dlogit, &state.hidden.mapv(F::silu));
     weight(&layer.reduce_weight, &dhidden, &state.pooled);
@@ -88,7 +94,7 @@ pub fn backward<F: Real>(
         let sums = dy.sum_axis(Axis(0));
         grads[range.clone()].iter_mut().zip(sums).for_each(|(g, s)| *g += s);
     }
-    dhidden.dot(&reduce) * (F::one() / F::of(pixels as f64))
+    product(dhidden.view(), reduce) * (F::one() / F::of(pixels as f64))
 }
 
 /// One value per image and channel, spread over the pixels of `out`.

@@ -6,6 +6,7 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use effnetv2::backend::{Backend, Mode, StepKey, Variables};
 use effnetv2::model::{Architecture, initial_values};
 use effnetv2::nn::Network;
+use effnetv2::optimizer::{Rule, Step};
 use effnetv2::reference::Reference;
 use effnetv2::tensor::Shape;
 use std::hint::black_box;
@@ -21,6 +22,9 @@ fn training_step(c: &mut Criterion) {
         let network = Network::new(Architecture::find(model).expect("a known model").network(1000));
         let (params, stats) = initial_values::<f32>(network.layout(), 0);
         let grads = vec![0.0; params.len()];
+        let rule = Rule::Sgd { momentum: 0.9, nesterov: false };
+        let kernels = network.layout().decayed();
+        let mut slots = vec![vec![0.0; params.len()]];
         let mut vars = Variables { params, grads, stats };
         let mut backend = Reference::<f32>::new();
         let shape = Shape::new(batch, side, side, 3);
@@ -29,6 +33,7 @@ fn training_step(c: &mut Criterion) {
         let mut targets = vec![0.0; batch * 1000];
         (0..batch).for_each(|i| targets[i * 1000 + i * 7] = 1.0);
         let images: Vec<u32> = (0..batch as u32).collect();
+        let mut number = 0;
         group.bench_function(format!("{model}_{side}px_batch{batch}"), |b| {
             b.iter(|| {
                 backend.begin_step(&StepKey { seed: 1, epoch: 0, images: images.clone() });
@@ -37,7 +42,10 @@ fn training_step(c: &mut Criterion) {
                     network.forward(&mut backend, x, &mut vars, Mode::Train, 0.2).expect("forward");
                 black_box(backend.cross_entropy(&mut pass.head, &targets).expect("loss"));
                 network.backward(&mut backend, pass, &mut vars).expect("backward");
-                vars.grads.fill(0.0);
+                let step = Step { number, learning_rate: 1e-4, weight_decay: 0.0, gradient_scale: 1.0 };
+                backend.update(rule, &step, &kernels, &mut vars, &mut slots).expect("update");
+                backend.clear(&mut vars.grads).expect("clear");
+                number += 1;
             });
         });
     }

@@ -51,6 +51,7 @@ pub mod error;
 pub mod model;
 pub mod nn;
 pub mod optimizer;
+mod pool;
 pub mod random;
 pub mod reference;
 pub mod report;

@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+use crate::pool::Pool;
 use crate::{Error, Result};
 use ndarray::{ArrayView2, ArrayViewMut2, LinalgScalar, ScalarOperand};
 use std::fmt::{Debug, Display};
@@ -246,17 +247,29 @@ impl Conv {
     }
 }
 
-/// A dense NHWC tensor in host memory.
-#[derive(Clone, Debug, PartialEq)]
+/// A dense NHWC tensor in host memory. Its buffer goes back to the pool it came from, if any.
+#[derive(Debug)]
 pub struct Tensor<F> {
     shape: Shape,
     data: Vec<F>,
+    pool: Pool<F>,
 }
 
 impl<F: Real> Tensor<F> {
     /// Zeros.
     pub fn zeros(shape: Shape) -> Self {
-        Self { shape, data: vec![F::zero(); shape.elements()] }
+        Self { shape, data: vec![F::zero(); shape.elements()], pool: Pool::default() }
+    }
+
+    /// The same tensor, whose [siblings](Self::sibling) shall come from `pool`.
+    pub(crate) fn with_pool(mut self, pool: &Pool<F>) -> Self {
+        self.pool = pool.clone();
+        self
+    }
+
+    /// A tensor of another shape from the same pool. Its values are whatever they were: write before you read.
+    pub fn sibling(&self, shape: Shape) -> Self {
+        Self { shape, data: self.pool.take(shape.elements()), pool: self.pool.clone() }
     }
 
     /// A tensor around `data`, row-major NHWC.
@@ -268,7 +281,7 @@ impl<F: Real> Tensor<F> {
             let problem = format!("{} values cannot fill {shape}", data.len());
             return Err(Error::Shape { operation: "tensor", problem });
         }
-        Ok(Self { shape, data })
+        Ok(Self { shape, data, pool: Pool::default() })
     }
 
     /// The sides.
@@ -287,8 +300,8 @@ impl<F: Real> Tensor<F> {
     }
 
     /// The values themselves, the shape forgotten.
-    pub fn into_vec(self) -> Vec<F> {
-        self.data
+    pub fn into_vec(mut self) -> Vec<F> {
+        std::mem::take(&mut self.data)
     }
 
     /// The tensor as a matrix \[pixels, channels\].
@@ -299,6 +312,26 @@ impl<F: Real> Tensor<F> {
     /// The tensor as a mutable matrix \[pixels, channels\].
     pub fn matrix_mut(&mut self) -> ArrayViewMut2<'_, F> {
         matrix_mut(&mut self.data, self.shape.pixels(), self.shape.c)
+    }
+}
+
+impl<F> Drop for Tensor<F> {
+    fn drop(&mut self) {
+        self.pool.give(std::mem::take(&mut self.data));
+    }
+}
+
+impl<F: Real> Clone for Tensor<F> {
+    fn clone(&self) -> Self {
+        let mut copy = self.sibling(self.shape);
+        copy.data.copy_from_slice(&self.data);
+        copy
+    }
+}
+
+impl<F: PartialEq> PartialEq for Tensor<F> {
+    fn eq(&self, other: &Self) -> bool {
+        (self.shape, &self.data) == (other.shape, &other.data)
     }
 }
 

@@ -73,10 +73,16 @@ pub fn moments<F: Real>(y: &Tensor<F>) -> Moments {
         .map(|piece| {
             let data = &y.data()[piece.range];
             let count = data.len() / channels;
-            let sum = simd(|| sums(data, channels));
+            let sum = simd(
+                #[inline(always)]
+                || sums(data, channels),
+            );
             let mean: Vec<f64> = sum.iter().map(|s| s / count as f64).collect();
             let center: Vec<F> = mean.iter().map(|&m| F::of(m)).collect();
-            let (offset, squares) = simd(|| centred_sums(data, &center));
+            let (offset, squares) = simd(
+                #[inline(always)]
+                || centred_sums(data, &center),
+            );
             // The centre was rounded to F: what is left of the mean corrects both.
             let rest = |c: usize| offset[c] / count as f64;
             let exact = (0..channels).map(|c| center[c].f64() + rest(c)).collect();
@@ -168,24 +174,30 @@ fn row<F>(matrix: &[F], image: usize, channels: usize) -> &[F] {
 pub fn apply<F: Real>(y: &Tensor<F>, norm: &Norm<F>, act: Activation, gate: Option<&[F]>) -> Tensor<F> {
     let shape = y.shape();
     let (scale, shift) = (repeat(&norm.scale), repeat(&norm.shift));
-    let mut out = Tensor::zeros(shape);
+    let mut out = y.sibling(shape);
     for_pieces(shape, out.data_mut(), |piece, out| {
         let y = &y.data()[piece.range.clone()];
         let gate = gate.map(|g| repeat(row(g, piece.image, shape.c)));
-        simd(|| {
-            for (y, out) in y.chunks(scale.len()).zip(out.chunks_mut(scale.len())) {
-                let normalised = y.iter().zip(&scale).zip(&shift).map(|((&y, &a), &b)| a * y + b);
-                match (act, &gate) {
-                    (Activation::Identity, _) => out.iter_mut().zip(normalised).for_each(|(o, z)| *o = z),
-                    (Activation::Silu, None) => {
-                        out.iter_mut().zip(normalised).for_each(|(o, z)| *o = z.silu());
-                    }
-                    (Activation::Silu, Some(gate)) => {
-                        out.iter_mut().zip(normalised).zip(gate).for_each(|((o, z), &g)| *o = z.silu() * g);
+        simd(
+            #[inline(always)]
+            || {
+                for (y, out) in y.chunks(scale.len()).zip(out.chunks_mut(scale.len())) {
+                    let normalised = y.iter().zip(&scale).zip(&shift).map(|((&y, &a), &b)| a * y + b);
+                    match (act, &gate) {
+                        (Activation::Identity, _) => out.iter_mut().zip(normalised).for_each(|(o, z)| *o = z),
+                        (Activation::Silu, None) => {
+                            out.iter_mut().zip(normalised).for_each(|(o, z)| *o = z.silu());
+                        }
+                        (Activation::Silu, Some(gate)) => {
+                            out.iter_mut()
+                                .zip(normalised)
+                                .zip(gate)
+                                .for_each(|((o, z), &g)| *o = z.silu() * g);
+                        }
                     }
                 }
-            }
-        });
+            },
+        );
     });
     out
 }
@@ -205,11 +217,14 @@ pub fn merge<F: Real>(
     for_pieces(y.shape(), out.data_mut(), |piece, out| {
         let factor = factors.map_or(F::one(), |f| f[piece.image]);
         match skip {
-            Some(skip) => simd(|| {
-                for (o, &s) in out.iter_mut().zip(&skip.data()[piece.range.clone()]) {
-                    *o = factor * *o + s;
-                }
-            }),
+            Some(skip) => simd(
+                #[inline(always)]
+                || {
+                    for (o, &s) in out.iter_mut().zip(&skip.data()[piece.range.clone()]) {
+                        *o = factor * *o + s;
+                    }
+                },
+            ),
             None => out.iter_mut().for_each(|o| *o = factor * *o),
         }
     });
@@ -228,7 +243,10 @@ pub fn backward<F: Real>(
     let pass = Pass::new(norm);
     let parts = for_pieces(shape, grad.data_mut(), |piece, grad| {
         let y = &y.data()[piece.range.clone()];
-        simd(|| pass.silu(piece, y, grad, arrival))
+        simd(
+            #[inline(always)]
+            || pass.silu(piece, y, grad, arrival),
+        )
     });
     total(parts, shape)
 }
@@ -245,7 +263,10 @@ pub fn backward_identity<F: Real>(
     let parts = pieces(shape).into_par_iter().map(|piece| {
         let (y, grad) = (&y.data()[piece.range.clone()], &grad.data()[piece.range.clone()]);
         let factor = factors.map_or(F::one(), |f| f[piece.image]);
-        simd(|| pass.identity(y, grad, factor))
+        simd(
+            #[inline(always)]
+            || pass.identity(y, grad, factor),
+        )
     });
     total(parts.collect(), shape)
 }
@@ -261,7 +282,8 @@ struct Pass<F> {
 
 impl<F: Real> Pass<F> {
     fn new(norm: &Norm<F>) -> Self {
-        let [scale, shift, mean, rstd] = [&norm.scale, &norm.shift, &norm.mean, &norm.rstd].map(|v| repeat(v));
+        let [scale, shift, mean, rstd] =
+            [&norm.scale, &norm.shift, &norm.mean, &norm.rstd].map(|v| repeat(v));
         Self { channels: norm.mean.len(), scale, shift, mean, rstd }
     }
 
@@ -280,7 +302,8 @@ impl<F: Real> Pass<F> {
         };
         for (y, grad) in y.chunks(period).zip(grad.chunks_mut(period)) {
             let n = y.len();
-            let (scale, shift, mean, rstd) = (&self.scale[..n], &self.shift[..n], &self.mean[..n], &self.rstd[..n]);
+            let (scale, shift, mean, rstd) =
+                (&self.scale[..n], &self.shift[..n], &self.mean[..n], &self.rstd[..n]);
             let (factors, offsets) = (&factors[..n], &offsets[..n]);
             let (first, second, grad) = (&mut first[..n], &mut second[..n], &mut grad[..n]);
             for i in 0..n {
@@ -340,19 +363,24 @@ impl<F: Real> Owed<F> {
         let shape = y.shape();
         let (b, c) = (repeat(&self.b), repeat(&self.c));
         let a = repeat(&self.a);
-        let mut out = Tensor::zeros(shape);
+        let mut out = y.sibling(shape);
         for_pieces(shape, out.data_mut(), |piece, out| {
             let (grad, y) = (&grad.data()[piece.range.clone()], &y.data()[piece.range.clone()]);
             let factor = self.factors.as_ref().map_or(F::one(), |f| f[piece.image]);
-            simd(|| {
-                for ((out, grad), y) in out.chunks_mut(a.len()).zip(grad.chunks(a.len())).zip(y.chunks(a.len())) {
-                    let n = out.len();
-                    let (grad, y, a, b, c) = (&grad[..n], &y[..n], &a[..n], &b[..n], &c[..n]);
-                    for i in 0..n {
-                        out[i] = a[i] * (factor * grad[i]) + b[i] * y[i] + c[i];
+            simd(
+                #[inline(always)]
+                || {
+                    for ((out, grad), y) in
+                        out.chunks_mut(a.len()).zip(grad.chunks(a.len())).zip(y.chunks(a.len()))
+                    {
+                        let n = out.len();
+                        let (grad, y, a, b, c) = (&grad[..n], &y[..n], &a[..n], &b[..n], &c[..n]);
+                        for i in 0..n {
+                            out[i] = a[i] * (factor * grad[i]) + b[i] * y[i] + c[i];
+                        }
                     }
-                }
-            });
+                },
+            );
         });
         out
     }

@@ -4,7 +4,7 @@
 //! under the kernel, zeros outside the image. Then y = L·Wᵀ, dW += dyᵀ·L, and dx is the transpose of lowering
 //! applied to dy·W. The weights are \[out, kh, kw, in\].
 
-use super::parallel::accumulate;
+use super::parallel::{accumulate, accumulate_all, simd};
 use crate::tensor::{Conv, Real, Shape, Tensor, matrix, matrix_mut};
 use ndarray::linalg::general_mat_mul;
 use rayon::prelude::*;
@@ -27,6 +27,7 @@ fn strips(y: Shape) -> impl Iterator<Item = Range<usize>> {
 }
 
 /// Visits the runs that input and lowered matrix share: `visit(offset in the image, offset in L, length)`.
+#[inline(always)]
 fn for_runs(conv: &Conv, x: Shape, y: Shape, rows: Range<usize>, mut visit: impl FnMut(usize, usize, usize)) {
     let (channels, columns) = (conv.inputs, columns(conv));
     for (strip_row, oh) in rows.enumerate() {
@@ -58,7 +59,7 @@ pub fn forward<F: Real>(conv: &Conv, x: &Tensor<F>, weight: &[F], y: Shape) -> T
     let shape = x.shape();
     let (image_in, image_out) = (shape.h * shape.w * shape.c, y.h * y.w * y.c);
     let weight = matrix(weight, conv.outputs, columns(conv));
-    let mut out = Tensor::zeros(y);
+    let mut out = x.sibling(y);
     let mut tasks = Vec::new();
     for (image, target) in x.data().chunks(image_in).zip(out.data_mut().chunks_mut(image_out)) {
         let mut rest = target;
@@ -81,18 +82,24 @@ pub fn forward<F: Real>(conv: &Conv, x: &Tensor<F>, weight: &[F], y: Shape) -> T
 pub fn backward_input<F: Real>(conv: &Conv, dy: &Tensor<F>, weight: &[F], x: Shape) -> Tensor<F> {
     let y = dy.shape();
     let weight = matrix(weight, conv.outputs, columns(conv));
-    let mut dx = Tensor::zeros(x);
+    let mut dx = dy.sibling(x);
     let images = dx.data_mut().par_chunks_mut(x.h * x.w * x.c).zip(dy.data().par_chunks(y.h * y.w * y.c));
     images.for_each_init(Vec::new, |lowered: &mut Vec<F>, (dx, dy)| {
+        dx.fill(F::zero());
         for rows in strips(y) {
             let pixels = rows.len() * y.w;
             lowered.resize(pixels * columns(conv), F::zero());
             let part = &dy[rows.start * y.w * y.c..][..pixels * y.c];
             let target = &mut matrix_mut(lowered, pixels, columns(conv));
             general_mat_mul(F::one(), &matrix(part, pixels, y.c), &weight, F::zero(), target);
-            for_runs(conv, x, y, rows, |source, target, len| {
-                accumulate(&mut dx[source..source + len], &lowered[target..target + len]);
-            });
+            simd(
+                #[inline(always)]
+                || {
+                    for_runs(conv, x, y, rows, |source, target, len| {
+                        accumulate(&mut dx[source..source + len], &lowered[target..target + len]);
+                    });
+                },
+            );
         }
     });
     dx
@@ -121,7 +128,5 @@ pub fn backward_weight<F: Real>(conv: &Conv, x: &Tensor<F>, dy: &Tensor<F>, grad
             sum
         })
         .collect();
-    for part in partial {
-        accumulate(grad, &part);
-    }
+    accumulate_all(grad, &partial);
 }

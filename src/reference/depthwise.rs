@@ -3,7 +3,7 @@
 //! Each direction is a loop over rows of what it writes; inside, 16 channels at a time stay in registers while the
 //! kernel slides along the row.
 
-use super::parallel::{accumulate, simd};
+use super::parallel::{accumulate, accumulate_all, simd};
 use crate::tensor::{Conv, Real, Shape, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -80,20 +80,29 @@ fn filter_row<F: Real, const N: usize>(
 }
 
 /// All rows of the tensor `out`, whose positions meet those of `source` as told.
-fn filter<F: Real>(conv: &Conv, source: &Tensor<F>, weight: &[F], out: Shape, meets: [Vec<Meets>; 2]) -> Tensor<F> {
+fn filter<F: Real>(
+    conv: &Conv,
+    source: &Tensor<F>,
+    weight: &[F],
+    out: Shape,
+    meets: [Vec<Meets>; 2],
+) -> Tensor<F> {
     let shape = source.shape();
     let image = shape.h * shape.w * shape.c;
     let whole = out.c / LANES * LANES;
     let geometry = (conv.kernel, shape.w, shape.c);
     let [rows, columns] = meets;
-    let mut result = Tensor::zeros(out);
+    let mut result = source.sibling(out);
     result.data_mut().par_chunks_mut(out.w * out.c).enumerate().for_each(|(row, target)| {
         let meets = (&rows[row % out.h], &columns[..]);
         let data = (&source.data()[row / out.h * image..][..image], weight);
-        simd(|| {
-            filter_row::<F, LANES>(0..whole, geometry, meets, data, target);
-            filter_row::<F, 1>(whole..out.c, geometry, meets, data, target);
-        });
+        simd(
+            #[inline(always)]
+            || {
+                filter_row::<F, LANES>(0..whole, geometry, meets, data, target);
+                filter_row::<F, 1>(whole..out.c, geometry, meets, data, target);
+            },
+        );
     });
     result
 }
@@ -145,15 +154,16 @@ pub fn backward_weight<F: Real>(conv: &Conv, x: &Tensor<F>, dy: &Tensor<F>, grad
         .map(|(image, dy)| {
             let mut sum = vec![F::zero(); grad.len()];
             for (dy, rows) in dy.chunks(y.w * y.c).zip(&rows) {
-                simd(|| {
-                    weight_row::<F, LANES>(0..whole, geometry, (rows, &columns), (image, dy), &mut sum);
-                    weight_row::<F, 1>(whole..shape.c, geometry, (rows, &columns), (image, dy), &mut sum);
-                });
+                simd(
+                    #[inline(always)]
+                    || {
+                        weight_row::<F, LANES>(0..whole, geometry, (rows, &columns), (image, dy), &mut sum);
+                        weight_row::<F, 1>(whole..shape.c, geometry, (rows, &columns), (image, dy), &mut sum);
+                    },
+                );
             }
             sum
         })
         .collect();
-    for part in partial {
-        accumulate(grad, &part);
-    }
+    accumulate_all(grad, &partial);
 }

@@ -4,23 +4,25 @@ use super::batch_norm::{self, Arrival, Moments, Norm, Owed};
 use super::squeeze_excite::{self, Gate};
 use super::{conv3x3, depthwise, head, input, optimizer, pointwise};
 use crate::backend::{
-    Activation, Backend, Classifier, ConvNorm, DropPath, Gradient, Load, Mode, Normalisation, Raw, SqueezeExcite, StepKey, Variables,
+    Activation, Backend, Classifier, ConvNorm, DropPath, Gradient, Load, Mode, Normalisation, Raw,
+    SqueezeExcite, StepKey, Variables,
 };
 use crate::data::MixPlan;
 use crate::optimizer::{Rule, Step};
+use crate::pool::Pool;
 use crate::random::{Purpose, Stream};
 use crate::tensor::{ConvKind, Real, Shape, Tensor};
 use crate::{Error, Result};
 use ndarray::Array2;
 use std::borrow::Cow;
-use std::marker::PhantomData;
 use std::ops::Range;
 
 /// The CPU reference as a backend; `F` is f32 or f64.
 #[derive(Clone, Debug, Default)]
 pub struct Reference<F> {
     key: StepKey,
-    element: PhantomData<F>,
+    /// Where the tensors of one step leave their memory to the next.
+    pool: Pool<F>,
 }
 
 /// Logits, and what made them.
@@ -37,7 +39,7 @@ pub struct Head<F> {
 impl<F: Real> Reference<F> {
     /// A backend on this machine's CPU.
     pub fn new() -> Self {
-        Self { key: StepKey::default(), element: PhantomData }
+        Self { key: StepKey::default(), pool: Pool::default() }
     }
 
     /// 0 or 1 / (1 − rate) for each of `images` images.
@@ -134,7 +136,7 @@ impl<F: Real> Backend for Reference<F> {
     }
 
     fn tensor(&self, shape: Shape, values: Vec<F>) -> Result<Tensor<F>> {
-        Tensor::from_vec(shape, values)
+        Ok(Tensor::from_vec(shape, values)?.with_pool(&self.pool))
     }
 
     fn values(&self, x: &Tensor<F>) -> Result<Vec<F>> {
@@ -157,6 +159,7 @@ impl<F: Real> Backend for Reference<F> {
 
     fn begin_step(&mut self, key: &StepKey) {
         self.key.clone_from(key);
+        self.pool.trim();
     }
 
     fn conv_norm(
@@ -182,7 +185,13 @@ impl<F: Real> Backend for Reference<F> {
                 let moments = batch_norm::moments(&y);
                 let mut running_var = vars.stats[var.clone()].to_vec();
                 let (momentum, estimator) = (layer.momentum, layer.variance);
-                batch_norm::update_running(&mut vars.stats[mean], &mut running_var, &moments, momentum, estimator);
+                batch_norm::update_running(
+                    &mut vars.stats[mean],
+                    &mut running_var,
+                    &moments,
+                    momentum,
+                    estimator,
+                );
                 vars.stats[var].copy_from_slice(&running_var);
                 moments
             }
@@ -196,10 +205,14 @@ impl<F: Real> Backend for Reference<F> {
         Ok(Raw { y, norm })
     }
 
-    fn squeeze_excite(&mut self, layer: &SqueezeExcite, x: &Raw<Self>, vars: &Variables<Self>) -> Result<Gate<F>> {
+    fn squeeze_excite(
+        &mut self,
+        layer: &SqueezeExcite,
+        x: &Raw<Self>,
+        vars: &Variables<Self>,
+    ) -> Result<Gate<F>> {
         check_shapes("squeeze-excitation", x.y.shape(), x.y.shape().with_channels(layer.channels))?;
-        let x = loaded(Load::Silu(x));
-        Ok(squeeze_excite::forward(layer, &x, &vars.params))
+        Ok(squeeze_excite::forward(layer, &x.y, &x.norm, &vars.params))
     }
 
     fn merge(
@@ -226,7 +239,7 @@ impl<F: Real> Backend for Reference<F> {
         let shape = x.y.shape();
         check_shapes("classifier", shape, shape.with_channels(layer.features))?;
         let scale = F::one() / F::of((shape.h * shape.w) as f64);
-        let mut features = squeeze_excite::sum_pixels(&loaded(Load::Silu(x)), None) * scale;
+        let mut features = squeeze_excite::sum_pixels(&x.y, &x.norm, None) * scale;
         let dropout = (dropout > 0.0).then(|| head::dropout_factors(&self.key, dropout, layer.features));
         if let Some(factors) = &dropout {
             if factors.nrows() != shape.n {
@@ -265,13 +278,14 @@ impl<F: Real> Backend for Reference<F> {
             let problem = "the loss comes before its gradient".into();
             return Err(Error::Shape { operation: "head backward", problem });
         };
-        let mut dpooled = head::classify_backward(layer, &head.features, dlogits, &vars.params, &mut vars.grads);
+        let mut dpooled =
+            head::classify_backward(layer, &head.features, dlogits, &vars.params, &mut vars.grads);
         if let Some(factors) = &head.dropout {
             dpooled *= factors;
         }
         let shape = x.y.shape();
         dpooled.mapv_inplace(|d| d / F::of((shape.h * shape.w) as f64));
-        let mut grad = Tensor::zeros(shape);
+        let mut grad = x.y.sibling(shape);
         squeeze_excite::spread(&dpooled, &mut grad);
         let sums = batch_norm::backward(&mut grad, &x.y, &x.norm, Arrival::Alone);
         let owed = owe(producer, &x.norm, sums, None, &mut vars.grads);
@@ -358,7 +372,7 @@ impl<F: Real> Backend for Reference<F> {
     ) -> Result<(Tensor<F>, Owed<F>)> {
         let mut dx = self.conv_backward(layer, &loaded(Load::Gated(raw, gate)), grad, None, vars)?;
         let shape = raw.y.shape();
-        let dgate = squeeze_excite::sum_pixels(&dx, Some(&loaded(Load::Silu(raw))));
+        let dgate = squeeze_excite::sum_pixels(&raw.y, &raw.norm, Some(&dx));
         let pixels = shape.h * shape.w;
         let dpool = squeeze_excite::backward(squeeze, gate, &dgate, pixels, &vars.params, &mut vars.grads);
         let (gate, dpool) = (gate.gate.as_slice(), dpool.as_slice());

@@ -1,9 +1,9 @@
 //! The head: dropout on the pooled features, the classifier, and softmax cross entropy with soft targets.
 
+use super::parallel::{matmul, product};
 use crate::backend::{Classifier, StepKey};
 use crate::random::{Purpose, Stream};
 use crate::tensor::{Real, matrix, matrix_mut};
-use ndarray::linalg::general_mat_mul;
 use ndarray::{Array2, ArrayView1, Axis, Zip};
 
 /// The factors of inverted dropout, \[images, features\]: 0 with probability `rate`, else 1 / (1 − rate).
@@ -20,7 +20,7 @@ pub fn dropout_factors<F: Real>(key: &StepKey, rate: f64, features: usize) -> Ar
 /// logits\[n, k\] = W\[k, ·\]·features\[n, ·\] + b\[k\]; `params` is the flat parameter buffer.
 pub fn classify<F: Real>(layer: &Classifier, features: &Array2<F>, params: &[F]) -> Array2<F> {
     let weight = matrix(&params[layer.weight.clone()], layer.classes, layer.features);
-    features.dot(&weight.t()) + ArrayView1::from(&params[layer.bias.clone()])
+    product(features.view(), weight.t()) + ArrayView1::from(&params[layer.bias.clone()])
 }
 
 /// The gradient of the features; adds those of W and b to `grads`.
@@ -32,11 +32,11 @@ pub fn classify_backward<F: Real>(
     grads: &mut [F],
 ) -> Array2<F> {
     let weight = matrix(&params[layer.weight.clone()], layer.classes, layer.features);
-    let mut grad = matrix_mut(&mut grads[layer.weight.clone()], layer.classes, layer.features);
-    general_mat_mul(F::one(), &dlogits.t(), features, F::one(), &mut grad);
+    let grad = matrix_mut(&mut grads[layer.weight.clone()], layer.classes, layer.features);
+    matmul(dlogits.t(), features.view(), F::one(), grad);
     let sums = dlogits.sum_axis(Axis(0));
     grads[layer.bias.clone()].iter_mut().zip(sums).for_each(|(g, s)| *g += s);
-    dlogits.dot(&weight)
+    product(dlogits.view(), weight)
 }
 
 /// softmax over the classes, \[images, classes\].

@@ -4,6 +4,7 @@
 //! The buffers are cut into chunks of a fixed size that the threads share. Updates are element by element, and sums are
 //! taken chunk by chunk in a fixed order, so no result depends on the number of threads.
 
+use super::parallel::simd;
 use crate::optimizer::{Rule, Step};
 use crate::{Error, Result};
 use num_traits::Float;
@@ -51,32 +52,44 @@ where
     match rule {
         Rule::RmsPropTf { rho, momentum, epsilon } => {
             let [keep, add, momentum, epsilon] = [rho, 1.0 - rho, momentum, epsilon].map(cast::<F>);
-            sweep.run(slots, |w, g, decay, [mean_square, velocity]| {
-                let g = g + decay * *w;
-                *mean_square = keep * *mean_square + add * g * g;
-                *velocity = momentum * *velocity + lr * g / (*mean_square + epsilon).sqrt();
-                *w = *w - *velocity;
-            })
+            sweep.run(
+                slots,
+                #[inline(always)]
+                |w, g, decay, [mean_square, velocity]| {
+                    let g = g + decay * *w;
+                    *mean_square = keep * *mean_square + add * g * g;
+                    *velocity = momentum * *velocity + lr * g / (*mean_square + epsilon).sqrt();
+                    *w = *w - *velocity;
+                },
+            )
         }
         Rule::Sgd { momentum, nesterov } => {
             let momentum: F = cast(momentum);
-            sweep.run(slots, |w, g, decay, [velocity]| {
-                let g = g + decay * *w;
-                *velocity = momentum * *velocity + g;
-                let direction = if nesterov { g + momentum * *velocity } else { *velocity };
-                *w = *w - lr * direction;
-            })
+            sweep.run(
+                slots,
+                #[inline(always)]
+                |w, g, decay, [velocity]| {
+                    let g = g + decay * *w;
+                    *velocity = momentum * *velocity + g;
+                    let direction = if nesterov { g + momentum * *velocity } else { *velocity };
+                    *w = *w - lr * direction;
+                },
+            )
         }
         Rule::AdamW { beta1, beta2, epsilon } => {
             let [keep1, add1, keep2, add2] = [beta1, 1.0 - beta1, beta2, 1.0 - beta2].map(cast::<F>);
             let [correct1, correct2] = rule.bias_corrections(step.number).map(cast::<F>);
             let epsilon: F = cast(epsilon);
-            sweep.run(slots, |w, g, decay, [first, second]| {
-                *first = keep1 * *first + add1 * g;
-                *second = keep2 * *second + add2 * g * g;
-                let direction = (*first / correct1) / ((*second / correct2).sqrt() + epsilon);
-                *w = *w - lr * decay * *w - lr * direction;
-            })
+            sweep.run(
+                slots,
+                #[inline(always)]
+                |w, g, decay, [first, second]| {
+                    *first = keep1 * *first + add1 * g;
+                    *second = keep2 * *second + add2 * g * g;
+                    let direction = (*first / correct1) / ((*second / correct2).sqrt() + epsilon);
+                    *w = *w - lr * decay * *w - lr * direction;
+                },
+            )
         }
     }
 }
@@ -146,10 +159,21 @@ impl<F: Float + Send + Sync> Sweep<'_, F> {
             let start = index * CHUNK;
             for (part, is_kernel) in parts(self.kernels, start..start + w.len()) {
                 let decay = if is_kernel { self.decay } else { F::zero() };
-                for i in part.start - start..part.end - start {
-                    let slots = slots.each_mut().map(|slot| &mut slot[i]);
-                    element(&mut w[i], g[i] * self.gradient_scale, decay, slots);
-                }
+                let part = part.start - start..part.end - start;
+                let (w, g) = (&mut w[part.clone()], &g[part.clone()]);
+                let mut slots = slots.each_mut().map(|slot| &mut slot[part.clone()]);
+                simd(
+                    #[inline(always)]
+                    || {
+                        for (i, (w, &g)) in w.iter_mut().zip(g).enumerate() {
+                            let slots = slots.each_mut().map(
+                                #[inline(always)]
+                                |slot| &mut slot[i],
+                            );
+                            element(w, g * self.gradient_scale, decay, slots);
+                        }
+                    },
+                );
             }
         });
         Ok(())

@@ -2,7 +2,7 @@
 
 use crate::tensor::{Real, Shape, Tensor};
 use ndarray::linalg::general_mat_mul;
-use ndarray::{ArrayView2, ArrayViewMut2, Axis};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -13,7 +13,8 @@ const SMALL_PRODUCT: usize = 1 << 18;
 /// The width to which per-channel vectors are repeated, so that few channels still fill the vector registers.
 const PERIOD: usize = 256;
 
-/// Runs `f` compiled for the widest vector instructions this machine has.
+/// Runs `f` compiled for the widest vector instructions this machine has. A closure must be marked
+/// `#[inline(always)]`, and so must what it calls: a function that stays one of its own is compiled for the narrowest.
 #[inline(always)]
 pub(super) fn simd<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
@@ -75,30 +76,63 @@ pub(super) fn fold<F: Real>(repeated: &[F], channels: usize) -> Vec<f64> {
 }
 
 /// Adds `part` to `sum`, element by element.
+#[inline(always)]
 pub(super) fn accumulate<F: Real>(sum: &mut [F], part: &[F]) {
     for (s, &p) in sum.iter_mut().zip(part) {
         *s += p;
     }
 }
 
+/// Adds all of `parts` to `sum`, in order.
+pub(super) fn accumulate_all<F: Real>(sum: &mut [F], parts: &[Vec<F>]) {
+    sum.par_chunks_mut(PIECE).enumerate().for_each(|(i, sum)| {
+        for part in parts {
+            let part = &part[i * PIECE..][..sum.len()];
+            simd(
+                #[inline(always)]
+                || accumulate(sum, part),
+            );
+        }
+    });
+}
+
+/// A·B.
+pub(super) fn product<F: Real>(a: ArrayView2<'_, F>, b: ArrayView2<'_, F>) -> Array2<F> {
+    let mut c = Array2::zeros((a.nrows(), b.ncols()));
+    matmul(a, b, F::zero(), c.view_mut());
+    c
+}
+
 /// C ← A·B + β·C, cut by rows or by columns of C, whichever are more.
-pub(super) fn matmul<F: Real>(a: ArrayView2<'_, F>, b: ArrayView2<'_, F>, beta: F, mut c: ArrayViewMut2<'_, F>) {
+pub(super) fn matmul<F: Real>(
+    a: ArrayView2<'_, F>,
+    b: ArrayView2<'_, F>,
+    beta: F,
+    mut c: ArrayViewMut2<'_, F>,
+) {
     let (rows, columns) = c.dim();
     let threads = rayon::current_num_threads();
     if threads == 1 || rows * columns * a.ncols() < SMALL_PRODUCT {
         general_mat_mul(F::one(), &a, &b, beta, &mut c);
     } else if rows >= columns {
         let step = rows.div_ceil(threads);
-        let parts: Vec<_> = c.axis_chunks_iter_mut(Axis(0), step).zip(a.axis_chunks_iter(Axis(0), step)).collect();
+        let parts: Vec<_> =
+            c.axis_chunks_iter_mut(Axis(0), step).zip(a.axis_chunks_iter(Axis(0), step)).collect();
         parts.into_par_iter().for_each(|(mut c, a)| general_mat_mul(F::one(), &a, &b, beta, &mut c));
     } else {
         let step = columns.div_ceil(threads);
-        let parts: Vec<_> = c.axis_chunks_iter_mut(Axis(1), step).zip(b.axis_chunks_iter(Axis(1), step)).collect();
+        let parts: Vec<_> =
+            c.axis_chunks_iter_mut(Axis(1), step).zip(b.axis_chunks_iter(Axis(1), step)).collect();
         parts.into_par_iter().for_each(|(mut c, b)| general_mat_mul(F::one(), &a, &b, beta, &mut c));
     }
 }
 
 /// x += y.
 pub(super) fn add<F: Real>(x: &mut Tensor<F>, y: &Tensor<F>) {
-    for_pieces(y.shape(), x.data_mut(), |piece, part| simd(|| accumulate(part, &y.data()[piece.range.clone()])));
+    for_pieces(y.shape(), x.data_mut(), |piece, part| {
+        simd(
+            #[inline(always)]
+            || accumulate(part, &y.data()[piece.range.clone()]),
+        )
+    });
 }

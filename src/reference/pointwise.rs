@@ -5,14 +5,14 @@ use crate::tensor::{Real, Tensor, matrix, matrix_mut};
 
 /// y\[pixel, o\] = Σᵢ x\[pixel, i\]·W\[o, i\]; `weight` is \[outputs, inputs\].
 pub fn forward<F: Real>(x: &Tensor<F>, weight: &[F], outputs: usize) -> Tensor<F> {
-    let mut y = Tensor::zeros(x.shape().with_channels(outputs));
+    let mut y = x.sibling(x.shape().with_channels(outputs));
     matmul(x.matrix(), matrix(weight, outputs, x.shape().c).t(), F::zero(), y.matrix_mut());
     y
 }
 
 /// dx\[pixel, i\] = Σₒ dy\[pixel, o\]·W\[o, i\].
 pub fn backward_input<F: Real>(dy: &Tensor<F>, weight: &[F], inputs: usize) -> Tensor<F> {
-    let mut dx = Tensor::zeros(dy.shape().with_channels(inputs));
+    let mut dx = dy.sibling(dy.shape().with_channels(inputs));
     matmul(dy.matrix(), matrix(weight, dy.shape().c, inputs), F::zero(), dx.matrix_mut());
     dx
 }

@@ -1,10 +1,10 @@
 //! Squeeze-excitation (Hu et al. 2018): s = σ(W₂·SiLU(W₁·p + b₁) + b₂), where p is the mean of x over its pixels.
 
-use super::parallel::{accumulate, for_pieces, pieces, repeat, fold, simd};
+use super::batch_norm::Norm;
+use super::parallel::{fold, for_pieces, matmul, pieces, product, repeat, simd};
 use crate::backend::SqueezeExcite;
 use crate::tensor::{Real, Tensor, matrix, matrix_mut};
 use ndarray::{Array2, Axis};
-use ndarray::linalg::general_mat_mul;
 use rayon::prelude::*;
 
 /// Everything the forward pass knows of a gate; matrices have a row for each image.
@@ -18,29 +18,34 @@ pub struct Gate<F> {
     pub gate: Array2<F>,
 }
 
-/// Σ over the pixels of each image of x·weight, \[images, channels\]; `weight` 1 where there is none.
-pub fn sum_pixels<F: Real>(x: &Tensor<F>, weight: Option<&Tensor<F>>) -> Array2<F> {
-    let shape = x.shape();
+/// Σ over the pixels of each image of SiLU(norm(y))·weight, \[images, channels\]; `weight` 1 where there is none.
+pub fn sum_pixels<F: Real>(y: &Tensor<F>, norm: &Norm<F>, weight: Option<&Tensor<F>>) -> Array2<F> {
+    let shape = y.shape();
+    let (scale, shift) = (repeat(&norm.scale), repeat(&norm.shift));
+    let period = scale.len();
     let parts: Vec<(usize, Vec<f64>)> = pieces(shape)
         .into_par_iter()
         .map(|piece| {
-            let data = &x.data()[piece.range.clone()];
-            let weight = weight.map(|w| &w.data()[piece.range.clone()]);
-            let sums = simd(|| {
-                let mut sum = repeat(&vec![F::zero(); shape.c]);
-                let period = sum.len();
-                match weight {
-                    None => data.chunks(period).for_each(|run| accumulate(&mut sum, run)),
-                    Some(weight) => {
-                        for (run, weight) in data.chunks(period).zip(weight.chunks(period)) {
-                            for ((s, &v), &w) in sum.iter_mut().zip(run).zip(weight) {
-                                *s += v * w;
-                            }
+            let y = &y.data()[piece.range.clone()];
+            let weight = weight.map(|w| &w.data()[piece.range]);
+            let sums = simd(
+                #[inline(always)]
+                || {
+                    let mut sum = vec![F::zero(); period];
+                    for (i, y) in y.chunks(period).enumerate() {
+                        let x = y.iter().zip(&scale).zip(&shift).map(|((&y, &a), &b)| (a * y + b).silu());
+                        match weight {
+                            None => sum.iter_mut().zip(x).for_each(|(s, x)| *s += x),
+                            Some(w) => sum
+                                .iter_mut()
+                                .zip(x)
+                                .zip(&w[i * period..])
+                                .for_each(|((s, x), &w)| *s += x * w),
                         }
                     }
-                }
-                fold(&sum, shape.c)
-            });
+                    fold(&sum, shape.c)
+                },
+            );
             (piece.image, sums)
         })
         .collect();
@@ -52,15 +57,15 @@ pub fn sum_pixels<F: Real>(x: &Tensor<F>, weight: Option<&Tensor<F>>) -> Array2<
 }
 
 /// The gate for x = SiLU(norm(y)); `params` is the flat parameter buffer.
-pub fn forward<F: Real>(layer: &SqueezeExcite, x: &Tensor<F>, params: &[F]) -> Gate<F> {
+pub fn forward<F: Real>(layer: &SqueezeExcite, y: &Tensor<F>, norm: &Norm<F>, params: &[F]) -> Gate<F> {
     let (channels, reduced) = (layer.channels, layer.reduced);
-    let scale = F::one() / F::of((x.shape().h * x.shape().w) as f64);
-    let pooled = sum_pixels(x, None) * scale;
+    let scale = F::one() / F::of((y.shape().h * y.shape().w) as f64);
+    let pooled = sum_pixels(y, norm, None) * scale;
     let reduce = matrix(&params[layer.reduce_weight.clone()], reduced, channels);
     let expand = matrix(&params[layer.expand_weight.clone()], channels, reduced);
     let bias = |range: &std::ops::Range<usize>| ndarray::ArrayView1::from(&params[range.clone()]);
-    let hidden = pooled.dot(&reduce.t()) + bias(&layer.reduce_bias);
-    let gate = (hidden.mapv(F::silu).dot(&expand.t()) + bias(&layer.expand_bias)).mapv(F::sigmoid);
+    let hidden = product(pooled.view(), reduce.t()) + bias(&layer.reduce_bias);
+    let gate = (product(hidden.mapv(F::silu).view(), expand.t()) + bias(&layer.expand_bias)).mapv(F::sigmoid);
     Gate { pooled, hidden, gate }
 }
 
@@ -78,10 +83,10 @@ pub fn backward<F: Real>(
     let reduce = matrix(&params[layer.reduce_weight.clone()], reduced, channels);
     let expand = matrix(&params[layer.expand_weight.clone()], channels, reduced);
     let dlogit = dgate * &state.gate.mapv(|s| s * (F::one() - s));
-    let dhidden = dlogit.dot(&expand) * state.hidden.mapv(F::silu_grad);
+    let dhidden = product(dlogit.view(), expand) * state.hidden.mapv(F::silu_grad);
     let mut weight = |range: &std::ops::Range<usize>, dy: &Array2<F>, x: &Array2<F>| {
-        let mut grad = matrix_mut(&mut grads[range.clone()], dy.ncols(), x.ncols());
-        general_mat_mul(F::one(), &dy.t(), x, F::one(), &mut grad);
+        let grad = matrix_mut(&mut grads[range.clone()], dy.ncols(), x.ncols());
+        matmul(dy.t(), x.view(), F::one(), grad);
     };
     weight(&layer.expand_weight, &dlogit, &state.hidden.mapv(F::silu));
     weight(&layer.reduce_weight, &dhidden, &state.pooled);
@@ -89,7 +94,7 @@ pub fn backward<F: Real>(
         let sums = dy.sum_axis(Axis(0));
         grads[range.clone()].iter_mut().zip(sums).for_each(|(g, s)| *g += s);
     }
-    dhidden.dot(&reduce) * (F::one() / F::of(pixels as f64))
+    product(dhidden.view(), reduce) * (F::one() / F::of(pixels as f64))
 }
 
 /// One value per image and channel, spread over the pixels of `out`.

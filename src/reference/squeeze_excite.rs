@@ -1,10 +1,10 @@
 //! Squeeze-excitation (Hu et al. 2018): s = σ(W₂·SiLU(W₁·p + b₁) + b₂), where p is the mean of x over its pixels.
 
-use super::parallel::{accumulate, for_pieces, pieces, repeat, fold, simd};
+use super::parallel::{accumulate, fold, for_pieces, pieces, repeat, simd};
 use crate::backend::SqueezeExcite;
 use crate::tensor::{Real, Tensor, matrix, matrix_mut};
-use ndarray::{Array2, Axis};
 use ndarray::linalg::general_mat_mul;
+use ndarray::{Array2, ArrayView2, Axis};
 use rayon::prelude::*;
 
 /// Everything the forward pass knows of a gate; matrices have a row for each image.
@@ -51,6 +51,13 @@ pub fn sum_pixels<F: Real>(x: &Tensor<F>, weight: Option<&Tensor<F>>) -> Array2<
     total.mapv(F::of)
 }
 
+/// A·B in standard layout, which `dot` does not promise: with one reduced channel it answers column by column.
+fn product<F: Real>(a: &Array2<F>, b: ArrayView2<'_, F>) -> Array2<F> {
+    let mut c = Array2::zeros((a.nrows(), b.ncols()));
+    general_mat_mul(F::one(), a, &b, F::zero(), &mut c);
+    c
+}
+
 /// The gate for x = SiLU(norm(y)); `params` is the flat parameter buffer.
 pub fn forward<F: Real>(layer: &SqueezeExcite, x: &Tensor<F>, params: &[F]) -> Gate<F> {
     let (channels, reduced) = (layer.channels, layer.reduced);
@@ -59,8 +66,8 @@ pub fn forward<F: Real>(layer: &SqueezeExcite, x: &Tensor<F>, params: &[F]) -> G
     let reduce = matrix(&params[layer.reduce_weight.clone()], reduced, channels);
     let expand = matrix(&params[layer.expand_weight.clone()], channels, reduced);
     let bias = |range: &std::ops::Range<usize>| ndarray::ArrayView1::from(&params[range.clone()]);
-    let hidden = pooled.dot(&reduce.t()) + bias(&layer.reduce_bias);
-    let gate = (hidden.mapv(F::silu).dot(&expand.t()) + bias(&layer.expand_bias)).mapv(F::sigmoid);
+    let hidden = product(&pooled, reduce.t()) + bias(&layer.reduce_bias);
+    let gate = (product(&hidden.mapv(F::silu), expand.t()) + bias(&layer.expand_bias)).mapv(F::sigmoid);
     Gate { pooled, hidden, gate }
 }
 
@@ -78,7 +85,7 @@ pub fn backward<F: Real>(
     let reduce = matrix(&params[layer.reduce_weight.clone()], reduced, channels);
     let expand = matrix(&params[layer.expand_weight.clone()], channels, reduced);
     let dlogit = dgate * &state.gate.mapv(|s| s * (F::one() - s));
-    let dhidden = dlogit.dot(&expand) * state.hidden.mapv(F::silu_grad);
+    let dhidden = product(&dlogit, expand) * state.hidden.mapv(F::silu_grad);
     let mut weight = |range: &std::ops::Range<usize>, dy: &Array2<F>, x: &Array2<F>| {
         let mut grad = matrix_mut(&mut grads[range.clone()], dy.ncols(), x.ncols());
         general_mat_mul(F::one(), &dy.t(), x, F::one(), &mut grad);
@@ -89,7 +96,7 @@ pub fn backward<F: Real>(
         let sums = dy.sum_axis(Axis(0));
         grads[range.clone()].iter_mut().zip(sums).for_each(|(g, s)| *g += s);
     }
-    dhidden.dot(&reduce) * (F::one() / F::of(pixels as f64))
+    product(&dhidden, reduce) * (F::one() / F::of(pixels as f64))
 }
 
 /// One value per image and channel, spread over the pixels of `out`.

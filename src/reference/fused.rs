@@ -118,6 +118,31 @@ fn check_shapes(operation: &'static str, found: Shape, expected: Shape) -> Resul
     Err(Error::Shape { operation, problem: format!("expected a tensor {expected}, found {found}") })
 }
 
+/// `found` are the sides of a matrix with a row for each image.
+fn check_rows(
+    operation: &'static str,
+    found: (usize, usize),
+    (images, columns): (usize, usize),
+) -> Result<()> {
+    if found == (images, columns) {
+        return Ok(());
+    }
+    let problem = format!("expected a matrix {images}×{columns}, found {}×{}", found.0, found.1);
+    Err(Error::Shape { operation, problem })
+}
+
+/// A gate belongs to tensors of `shape`.
+fn check_gate<F>(gate: &Gate<F>, shape: Shape) -> Result<()> {
+    check_rows("gate", gate.gate.dim(), (shape.n, shape.c))
+}
+
+/// What a convolution's backward is given fits the input `x`.
+fn check_backward<F: Real>(layer: &ConvNorm, x: Shape, grad: &Gradient<'_, Reference<F>>) -> Result<()> {
+    let y = layer.conv.output(x)?;
+    check_shapes("convolution backward", grad.gradient.shape(), y)?;
+    check_shapes("output of a convolution in its backward", grad.raw.y.shape(), y)
+}
+
 impl<F: Real> Backend for Reference<F> {
     type Element = F;
     type Activation = Tensor<F>;
@@ -174,6 +199,9 @@ impl<F: Real> Backend for Reference<F> {
             Load::Silu(raw) | Load::Gated(raw, _) => raw.y.shape(),
         };
         let out = layer.conv.output(shape)?;
+        if let Load::Gated(_, gate) = x {
+            check_gate(gate, shape)?;
+        }
         let y = convolve(layer, &loaded(x), &vars.params, out);
         let (mean, var) = (layer.running_mean.clone(), layer.running_var.clone());
         let moments = match mode {
@@ -257,9 +285,11 @@ impl<F: Real> Backend for Reference<F> {
     }
 
     fn cross_entropy(&mut self, head: &mut Head<F>, targets: &[f32]) -> Result<f64> {
+        let (images, classes) = head.logits.dim();
+        let count = targets.len();
         let targets = targets.iter().map(|&t| F::of(t.into())).collect();
-        let targets = Array2::from_shape_vec(head.logits.dim(), targets).map_err(|e| {
-            let problem = format!("targets do not match logits {:?}: {e}", head.logits.dim());
+        let targets = Array2::from_shape_vec((images, classes), targets).map_err(|_| {
+            let problem = format!("{count} targets do not match logits {images}×{classes}");
             Error::Shape { operation: "cross entropy", problem }
         })?;
         let (loss, grad) = head::cross_entropy(&head.logits, &targets);
@@ -278,12 +308,15 @@ impl<F: Real> Backend for Reference<F> {
             let problem = "the loss comes before its gradient".into();
             return Err(Error::Shape { operation: "head backward", problem });
         };
+        let shape = x.y.shape();
+        check_shapes("classifier backward", shape, shape.with_channels(layer.features))?;
+        check_rows("classifier backward", head.features.dim(), (shape.n, layer.features))?;
+        check_rows("classifier backward", dlogits.dim(), (shape.n, layer.classes))?;
         let mut dpooled =
             head::classify_backward(layer, &head.features, dlogits, &vars.params, &mut vars.grads);
         if let Some(factors) = &head.dropout {
             dpooled *= factors;
         }
-        let shape = x.y.shape();
         dpooled.mapv_inplace(|d| d / F::of((shape.h * shape.w) as f64));
         let mut grad = x.y.sibling(shape);
         squeeze_excite::spread(&dpooled, &mut grad);
@@ -325,12 +358,14 @@ impl<F: Real> Backend for Reference<F> {
         skip: Option<&Tensor<F>>,
         vars: &mut Variables<Self>,
     ) -> Result<Tensor<F>> {
-        check_shapes("convolution backward", grad.gradient.shape(), layer.conv.output(x.shape())?)?;
+        check_backward(layer, x.shape(), &grad)?;
+        if let Some(skip) = skip {
+            check_shapes("skip connection backward", skip.shape(), x.shape())?;
+        }
         let dy = grad.owed.pay(grad.gradient, &grad.raw.y);
         weight_gradient(layer, x, &dy, &mut vars.grads);
         let mut dx = input_gradient(layer, &dy, &vars.params, x.shape());
         if let Some(skip) = skip {
-            check_shapes("skip connection backward", skip.shape(), x.shape())?;
             super::parallel::add(&mut dx, skip);
         }
         Ok(dx)
@@ -343,7 +378,7 @@ impl<F: Real> Backend for Reference<F> {
         grad: Gradient<'_, Self>,
         vars: &mut Variables<Self>,
     ) -> Result<()> {
-        check_shapes("convolution backward", grad.gradient.shape(), layer.conv.output(x.shape())?)?;
+        check_backward(layer, x.shape(), &grad)?;
         let dy = grad.owed.pay(grad.gradient, &grad.raw.y);
         weight_gradient(layer, x, &dy, &mut vars.grads);
         Ok(())
@@ -370,8 +405,10 @@ impl<F: Real> Backend for Reference<F> {
         grad: Gradient<'_, Self>,
         vars: &mut Variables<Self>,
     ) -> Result<(Tensor<F>, Owed<F>)> {
-        let mut dx = self.conv_backward(layer, &loaded(Load::Gated(raw, gate)), grad, None, vars)?;
         let shape = raw.y.shape();
+        check_gate(gate, shape)?;
+        check_shapes("squeeze-excitation backward", shape, shape.with_channels(squeeze.channels))?;
+        let mut dx = self.conv_backward(layer, &loaded(Load::Gated(raw, gate)), grad, None, vars)?;
         let dgate = squeeze_excite::sum_pixels(&raw.y, &raw.norm, Some(&dx));
         let pixels = shape.h * shape.w;
         let dpool = squeeze_excite::backward(squeeze, gate, &dgate, pixels, &vars.params, &mut vars.grads);

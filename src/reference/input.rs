@@ -17,7 +17,8 @@ pub fn forward<F: Real>(
 ) -> Result<Tensor<F>> {
     let table: Vec<[F; 256]> = (0..3)
         .map(|c| {
-            let normalised = |v: usize| (v as f64 / 255.0 - normalisation.mean[c]) / normalisation.deviation[c];
+            let normalised =
+                |v: usize| (v as f64 / 255.0 - normalisation.mean[c]) / normalisation.deviation[c];
             std::array::from_fn(|value| F::of(normalised(value)))
         })
         .collect();

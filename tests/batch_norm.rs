@@ -5,7 +5,7 @@ mod common;
 
 use common::chain::{Chain, ChainSpec, Source};
 use common::convolution::Lone;
-use common::{assert_same_on_any_number_of_threads, assert_shape_error, f64s, pointwise, tensor, uniform};
+use common::{assert_shape_error, f64s, pointwise, tensor, uniform};
 use effnetv2::backend::{Activation, Backend, Gradient, Load, Mode, VarianceEstimator};
 use effnetv2::tensor::{Real, Shape, Tensor};
 use proptest::prelude::*;
@@ -200,7 +200,7 @@ fn threads_do_not_change_a_bit() {
     for act in [Activation::Identity, Activation::Silu] {
         let spec = ChainSpec { source: Source::Silu, conv, images, act, skip: false, drop: None, seed: 9 };
         let chain = Chain::new(spec);
-        assert_same_on_any_number_of_threads(|| chain.results());
+        chain.assert_same_on_any_number_of_threads();
     }
 }
 

@@ -113,7 +113,8 @@ fn a_whole_network() {
 fn threads_do_not_change_a_bit() {
     let nano = Architecture::find("nano").unwrap().network(10);
     let whole = Whole::new(nano, (19, 45, 45), 0.1, 3);
-    assert_same_on_any_number_of_threads(|| whole.results());
+    assert_same_on_any_number_of_threads(|| whole.results::<f32>());
+    assert_same_on_any_number_of_threads(|| whole.results::<f64>());
 }
 
 /// What each image of a batch of ones is multiplied by.
@@ -163,13 +164,13 @@ fn stochastic_depth_depends_on_seed_epoch_image_and_block() {
     assert_ne!(factors(&key, DropPath { block: 3, ..drop }), base);
 }
 
-fn dropping(rate: f64) -> Whole {
-    Whole::new(spec(Padding::Same, 5, &all_kinds(rate), 6, 4), (4, 16, 16), 0.5, 21)
+fn dropping(rate: f64, dropout: f64) -> Whole {
+    Whole::new(spec(Padding::Same, 5, &all_kinds(rate), 6, 4), (4, 16, 16), dropout, 21)
 }
 
 #[test]
 fn evaluation_neither_drops_nor_moves_statistics() {
-    let (whole, never) = (dropping(0.9), dropping(0.0));
+    let (whole, never) = (dropping(0.9, 0.5), dropping(0.0, 0.0));
     let values = whole.values();
     let mut vars = whole.variables(&values);
     let stats = vars.stats.clone();
@@ -248,7 +249,7 @@ fn a_dropped_image_gets_no_gradient() {
 
 #[test]
 fn an_evaluation_pass_has_no_backward() {
-    let whole = dropping(0.0);
+    let whole = dropping(0.0, 0.0);
     let values = whole.values();
     let mut vars = whole.variables(&values);
     let mut backend = Reference::new();
@@ -266,7 +267,7 @@ fn an_evaluation_pass_has_no_backward() {
 
 #[test]
 fn images_of_other_channels_are_refused() {
-    let whole = dropping(0.0);
+    let whole = dropping(0.0, 0.0);
     let values = whole.values();
     let mut vars = whole.variables(&values);
     for (shape, words) in

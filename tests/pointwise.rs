@@ -5,7 +5,7 @@ mod common;
 
 use common::chain::{Chain, ChainSpec, Source, chains};
 use common::convolution::{assert_adjoint, assert_all_exact, assert_errors};
-use common::{CASES, assert_same_on_any_number_of_threads, conv, images, pointwise};
+use common::{CASES, conv, images, pointwise};
 use effnetv2::backend::Activation;
 use effnetv2::tensor::ConvKind;
 use proptest::prelude::*;
@@ -36,7 +36,7 @@ fn threads_do_not_change_a_bit() {
             let (conv, images, act) = (pointwise(inputs, outputs), (5, 23, 37), Activation::Identity);
             let spec = ChainSpec { source, conv, images, act, skip: true, drop: Some(0.3), seed: 4 };
             let chain = Chain::new(spec);
-            assert_same_on_any_number_of_threads(|| chain.results());
+            chain.assert_same_on_any_number_of_threads();
         }
     }
 }

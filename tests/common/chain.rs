@@ -2,7 +2,9 @@
 //! it writes is normalised and merged with a skip connection under stochastic depth. The loss is a fixed probe.
 
 use super::differences::{Loss, assert_gradient};
-use super::{Table, cast, conv, f64s, images, pointwise, tensor, uniform};
+use super::{
+    Table, assert_same_on_any_number_of_threads, cast, conv, f64s, images, pointwise, tensor, uniform,
+};
 use effnetv2::Result;
 use effnetv2::backend::{
     Activation, Backend, ConvNorm, DropPath, Gradient, Load, Mode, SqueezeExcite, StepKey, Variables,
@@ -156,21 +158,16 @@ impl Chain {
         });
     }
 
-    /// Everything, in f32.
-    pub fn results(&self) -> Vec<Vec<f32>> {
-        let run = self.run(&cast::<f32>(&self.values()), &cast::<f32>(&self.probe())).unwrap();
-        vec![run.output, run.stats, run.grads]
+    /// Everything computed in `F`.
+    fn results<F: Real>(&self) -> Vec<Vec<f64>> {
+        let run = self.run(&cast::<F>(&self.values()), &cast::<F>(&self.probe())).unwrap();
+        [run.output, run.stats, run.grads].iter().map(|values| f64s(values)).collect()
     }
 
-    /// The largest difference of f32 from f64, over the largest value, for outputs and for gradients.
-    pub fn single_precision_errors(&self) -> [f64; 2] {
-        let single = self.results();
-        let double = self.run(&self.values(), &self.probe()).unwrap();
-        let worst = |found: &[f32], expected: &[f64]| {
-            let largest = expected.iter().fold(0.0, |m: f64, v| m.max(v.abs()));
-            f64s(found).iter().zip(expected).fold(0.0, |m: f64, (a, b)| m.max((a - b).abs())) / largest
-        };
-        [worst(&single[0], &double.output), worst(&single[2], &double.grads)]
+    /// No number of threads changes a bit, in either precision.
+    pub fn assert_same_on_any_number_of_threads(&self) {
+        assert_same_on_any_number_of_threads(|| self.results::<f32>());
+        assert_same_on_any_number_of_threads(|| self.results::<f64>());
     }
 }
 

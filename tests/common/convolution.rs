@@ -117,12 +117,12 @@ pub fn assert_adjoint(conv: Conv, (n, h, w): (usize, usize, usize), seed: u64) {
     let dy = tensor(raw.y.shape(), uniform(seed, 2, raw.y.data().len()));
     let dx = lone.backward(&x, &raw, &dy, None).unwrap();
 
-    let (mut terms, mut magnitude) = (0, 0.0);
+    let (mut terms, mut magnitude) = (0.0, 0.0);
     for_products(&conv, shape, |i, k, o| {
-        terms += 1;
+        terms += 1.0;
         magnitude += (x.data()[i] * weight[k] * dy.data()[o]).abs();
     });
-    let bound = terms as f64 * f64::EPSILON * magnitude;
+    let bound = terms * f64::EPSILON * magnitude;
     let product = dot(raw.y.data(), dy.data());
     for (name, other) in
         [("dgrad", dot(x.data(), dx.data())), ("wgrad", dot(&weight, lone.weight_gradient()))]

@@ -1,10 +1,10 @@
 //! A small network with its loss: images to mean cross entropy, and every gradient back.
 
 use super::differences::{Loss, assert_gradient};
-use super::{EPSILON, Table, cast, tensor, uniform};
+use super::{EPSILON, Table, cast, f64s, tensor, uniform};
 use effnetv2::Result;
 use effnetv2::backend::{Backend, Mode, StepKey, Variables, VarianceEstimator};
-use effnetv2::nn::{BatchNormSpec, BlockSpec, Network, NetworkSpec, Role, StageSpec};
+use effnetv2::nn::{BatchNormSpec, BlockSpec, Network, NetworkSpec, Pass, Role, StageSpec};
 use effnetv2::reference::Reference;
 use effnetv2::tensor::{Padding, Real, Shape};
 use std::ops::Range;
@@ -100,15 +100,25 @@ impl Whole {
         backend.logits(&pass.head)
     }
 
-    /// Forward and backward; the gradients end with those of the images.
-    pub fn run<F: Real>(&self, values: &[F]) -> Result<Run<F>> {
-        let mut backend = Reference::new();
+    /// Forward in training, and the loss.
+    fn forward<F: Real>(
+        &self,
+        values: &[F],
+        backend: &mut Reference<F>,
+        vars: &mut Variables<Reference<F>>,
+    ) -> Result<(Pass<Reference<F>>, Vec<F>, f64)> {
         backend.begin_step(&self.key);
-        let mut vars = self.variables(values);
         let x = tensor(self.shape, values[self.images.clone()].to_vec());
-        let mut pass = self.network.forward(&mut backend, x, &mut vars, Mode::Train, self.dropout)?;
+        let mut pass = self.network.forward(backend, x, vars, Mode::Train, self.dropout)?;
         let logits = backend.logits(&pass.head)?;
         let loss = backend.cross_entropy(&mut pass.head, &self.targets())?;
+        Ok((pass, logits, loss))
+    }
+
+    /// Forward and backward; the gradients end with those of the images.
+    pub fn run<F: Real>(&self, values: &[F]) -> Result<Run<F>> {
+        let (mut backend, mut vars) = (Reference::new(), self.variables(values));
+        let (pass, logits, loss) = self.forward(values, &mut backend, &mut vars)?;
         let dx = self.network.backward_to_images(&mut backend, pass, &mut vars)?;
         let mut grads = vars.grads;
         grads.extend_from_slice(dx.data());
@@ -120,18 +130,16 @@ impl Whole {
         let values = self.values();
         let gradient = self.run(&values).unwrap().grads;
         assert_gradient(&self.table.slots, &values, &gradient, self.seed, |values| {
-            let run = self.run(values).unwrap();
-            let largest = run.logits.iter().fold(1.0, |m: f64, l| m.max(l.abs()));
-            Loss { value: run.loss, magnitude: largest }
+            let mut vars = self.variables(values);
+            let (_, logits, value) = self.forward(values, &mut Reference::new(), &mut vars).unwrap();
+            Loss { value, magnitude: logits.iter().fold(1.0, |m: f64, l| m.max(l.abs())) }
         });
     }
 
-    /// Everything, in f32; the loss as its two halves.
-    pub fn results(&self) -> Vec<Vec<f32>> {
-        let run = self.run(&cast::<f32>(&self.values())).unwrap();
-        let bits = run.loss.to_bits();
-        let halves = [bits as u32, (bits >> 32) as u32].map(f32::from_bits);
-        vec![halves.to_vec(), run.logits, run.grads, run.stats]
+    /// Everything computed in `F`.
+    pub fn results<F: Real>(&self) -> Vec<Vec<f64>> {
+        let run = self.run(&cast::<F>(&self.values())).unwrap();
+        vec![vec![run.loss], f64s(&run.logits), f64s(&run.grads), f64s(&run.stats)]
     }
 
     /// The gradients of the parameters whose name holds `part`.

@@ -91,9 +91,8 @@ mod tests {
         let first = pool.take(8);
         let address = first.as_ptr();
         pool.give(first);
-        assert_ne!(pool.take(7).as_ptr(), address);
-        let again = pool.take(8);
-        assert_eq!((again.as_ptr(), again.len(), idle(&pool)), (address, 8, 0));
+        let (other, again) = (pool.take(7), pool.take(8));
+        assert_eq!((other.len(), again.len(), again.as_ptr(), idle(&pool)), (7, 8, address, 0));
     }
 
     #[test]

@@ -208,9 +208,24 @@ impl Conv {
     /// The shape of the output for an input of shape `x`.
     ///
     /// # Errors
-    /// When `x` has other channels than the convolution, a side of zero, or the output is too large.
+    /// When `x` has other channels than the convolution, a side of zero, the output is too large, or the convolution is
+    /// none that there is.
     pub fn output(&self, x: Shape) -> Result<Shape> {
         let wrong = |problem: String| Err(Error::Shape { operation: "convolution", problem });
+        let exists = match self.kind {
+            ConvKind::Dense => self.kernel % 2 == 1 && matches!(self.stride, 1 | 2),
+            ConvKind::Depthwise => {
+                matches!(self.kernel, 1 | 3 | 5)
+                    && matches!(self.stride, 1 | 2)
+                    && self.inputs == self.outputs
+            }
+            ConvKind::Pointwise => self.kernel == 1 && self.stride == 1,
+        };
+        if !exists {
+            let rule = "kernels are odd, depthwise ones at most 5 with as many outputs as inputs, pointwise ones 1 \
+                        with stride 1; strides are 1 or 2";
+            return wrong(format!("{self:?} does not exist: {rule}"));
+        }
         if x.c != self.inputs {
             return wrong(format!("input {x} has {} channels, the weights expect {}", x.c, self.inputs));
         }
@@ -387,6 +402,28 @@ mod tests {
                     taps.clone().map(|t| (first + t - taps.start) * 10_usize.pow(t as u32)).sum();
                 assert_eq!(sum, value, "side {side}, output {out}");
             }
+        }
+    }
+
+    #[test]
+    fn convolutions_that_do_not_exist_are_refused() {
+        let conv = |kind, kernel, stride, outputs| {
+            let conv = Conv { kind, kernel, stride, padding: Padding::Same, inputs: 8, outputs };
+            conv.output(Shape::new(1, 9, 9, 8))
+        };
+        assert_eq!(conv(ConvKind::Dense, 3, 2, 24).unwrap(), Shape::new(1, 5, 5, 24));
+        assert_eq!(conv(ConvKind::Depthwise, 5, 1, 8).unwrap(), Shape::new(1, 9, 9, 8));
+        assert_eq!(conv(ConvKind::Pointwise, 1, 1, 3).unwrap(), Shape::new(1, 9, 9, 3));
+        for (kind, kernel, stride, outputs) in [
+            (ConvKind::Dense, 4, 1, 8),
+            (ConvKind::Dense, 3, 3, 8),
+            (ConvKind::Depthwise, 7, 1, 8),
+            (ConvKind::Depthwise, 3, 1, 16),
+            (ConvKind::Pointwise, 1, 2, 8),
+            (ConvKind::Pointwise, 3, 1, 8),
+        ] {
+            let message = conv(kind, kernel, stride, outputs).unwrap_err().to_string();
+            assert!(message.contains("does not exist"), "{message}");
         }
     }
 

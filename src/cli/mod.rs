@@ -4,57 +4,54 @@
 
 mod demo;
 mod eval;
+mod inference;
 mod interrupt;
+mod output;
 mod predict;
 mod progress;
 mod summary;
 mod train;
 
-use crate::train::checkpoint::WeightSet;
-use crate::train::config::SMALLEST_IMAGE;
 use crate::{Error, Result};
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand};
+use output::{note, say};
 use std::process::ExitCode;
 
 /// EfficientNetV2: train, evaluate, predict.
 #[derive(Debug, Parser)]
-#[command(name = "effnetv2", version, about, max_term_width = 110)]
+#[command(name = "effnetv2", version, max_term_width = 110)]
 #[command(after_help = "Start here:  effnetv2 demo")]
 struct Cli {
     #[command(subcommand)]
     command: Command,
 }
 
+// Each command is described where its flags are.
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Train a small network on embedded images of digits, in under a minute.
     Demo(demo::Args),
-    /// Train a network.
     Train(Box<train::Args>),
-    /// Evaluate a checkpoint: accuracy, loss, confusion matrix.
     Eval(eval::Args),
-    /// Classify image files with a checkpoint.
     Predict(predict::Args),
-    /// Print what an architecture consists of, stage by stage.
     Summary(summary::Args),
 }
 
-/// Which weights of a checkpoint to use.
-#[derive(Clone, Copy, Debug, Default, ValueEnum)]
-enum Weights {
-    /// The moving average: usually the better ones.
-    #[default]
-    Ema,
-    /// The weights as they are trained.
-    Raw,
+// No doc comment: clap would take it for the description of the whole command.
+#[derive(Clone, Copy, Debug, clap::Args)]
+struct Threads {
+    /// Threads; 0 for one per processor.
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(..=1024))]
+    threads: u16,
 }
 
-impl From<Weights> for WeightSet {
-    fn from(weights: Weights) -> Self {
-        match weights {
-            Weights::Ema => Self::Ema,
-            Weights::Raw => Self::Raw,
+impl Threads {
+    /// Limits the threads of the whole process.
+    fn limit(self) -> Result<()> {
+        if self.threads > 0 {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(self.threads.into());
+            pool.build_global().map_err(|e| Error::usage("--threads", self.threads, e.to_string()))?;
         }
+        Ok(())
     }
 }
 
@@ -69,33 +66,15 @@ pub fn main() -> ExitCode {
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if output::reader_has_gone(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            note!("error: {error}");
             ExitCode::from(error.exit_code())
         }
     }
 }
 
 /// Says what computes, as the first line of a command's output.
-fn announce_device() {
-    println!("device: CPU reference, {} threads", rayon::current_num_threads());
-}
-
-/// Limits the threads of the whole process; 0 leaves one for each processor.
-fn limit_threads(threads: usize) -> Result<()> {
-    if threads > 0 {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
-        pool.build_global().map_err(|e| Error::usage("--threads", threads, e.to_string()))?;
-    }
-    Ok(())
-}
-
-/// The side of images for inference: the flag's or the default.
-fn image_side(flag: Option<usize>, default: usize) -> Result<usize> {
-    let side = flag.unwrap_or(default);
-    if side < SMALLEST_IMAGE {
-        let problem = format!("must be at least {SMALLEST_IMAGE}: the network halves it five times");
-        return Err(Error::usage("--size", side, problem));
-    }
-    Ok(side)
+fn announce_device() -> Result<()> {
+    say!("device: CPU reference, {} threads", rayon::current_num_threads())
 }

@@ -1,24 +1,25 @@
 //! `predict`: what is on a picture.
 
-use crate::backend::{Backend, Mode, Variables};
+use super::inference::{Inference, Model};
+use super::output::{note, say};
+use crate::backend::{Backend, Mode};
 use crate::data::transform::Scratch;
 use crate::data::{MixPlan, read_image};
-use crate::model::Architecture;
-use crate::nn::Network;
-use crate::reference::Reference;
 use crate::report::table::percent;
-use crate::train::checkpoint::Checkpoint;
 use crate::train::evaluate::{ranking, softmax};
 use crate::{Error, Result};
 use serde::Serialize;
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-/// Classifies image files (JPEG, PNG) with a checkpoint: the most probable classes with their probabilities. A file that
-/// cannot be decoded is named on standard error and makes the exit code 1; the others are classified all the same.
+/// Classify image files with a checkpoint.
+///
+/// Names the most probable classes of each JPEG or PNG file with their probabilities. A file that cannot be decoded is
+/// named on standard error and makes the exit code 1; the others are classified all the same.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// The checkpoint, or the folder of its run.
-    checkpoint: PathBuf,
+    #[command(flatten)]
+    inference: Inference,
     /// The images.
     #[arg(required = true)]
     images: Vec<PathBuf>,
@@ -28,24 +29,15 @@ pub(super) struct Args {
     /// One JSON object a line instead of text.
     #[arg(long)]
     json: bool,
-    /// Side of the images in pixels [default: as in training].
-    #[arg(long, value_name = "PIXELS")]
-    size: Option<usize>,
-    /// Which weights.
-    #[arg(long, value_enum, default_value_t)]
-    weights: super::Weights,
     /// Stop at the first image that cannot be decoded.
     #[arg(long)]
     strict: bool,
-    /// Threads; 0 for one per processor.
-    #[arg(long, default_value_t = 0)]
-    threads: usize,
 }
 
 /// The classes of one image, most probable first.
 #[derive(Serialize)]
 struct Prediction<'a> {
-    image: &'a Path,
+    image: Cow<'a, str>,
     classes: Vec<Candidate<'a>>,
 }
 
@@ -55,43 +47,27 @@ struct Candidate<'a> {
     probability: f64,
 }
 
-/// A checkpoint ready to classify.
-struct Classifier {
-    checkpoint: Checkpoint,
-    backend: Reference<f32>,
-    network: Network,
-    vars: Variables<Reference<f32>>,
-    size: usize,
-}
-
 pub(super) fn run(args: &Args) -> Result<()> {
-    super::limit_threads(args.threads)?;
     if args.top == 0 {
         return Err(Error::usage("--top", 0, "must be at least 1"));
     }
-    let checkpoint = Checkpoint::read(&args.checkpoint)?;
-    let backend = Reference::<f32>::new();
-    let network = checkpoint.network()?;
-    let vars = checkpoint.weights(&backend, &network, args.weights.into())?;
-    let size = super::image_side(args.size, checkpoint.description.config.eval_size)?;
-    let mut classifier = Classifier { checkpoint, backend, network, vars, size };
+    let mut model = args.inference.model()?;
     let mut failed = 0;
-    for image in &args.images {
-        match classifier.classify(image, args.top) {
+    for path in &args.images {
+        match model.classify(path, args.top) {
             Ok(prediction) if args.json => {
-                let line =
-                    serde_json::to_string(&prediction).map_err(|e| Error::file(image, e.to_string()))?;
-                println!("{line}");
+                let line = serde_json::to_string(&prediction).map_err(|e| Error::file(path, e.to_string()))?;
+                say!("{line}")?;
             }
             Ok(prediction) => {
-                println!("{}", image.display());
+                say!("{}", prediction.image)?;
                 for Candidate { class, probability } in prediction.classes {
-                    println!("  {:>8}  {class}", percent(probability));
+                    say!("  {:>8}  {class}", percent(probability))?;
                 }
             }
             Err(error) if args.strict => return Err(error),
             Err(error) => {
-                eprintln!("{error}");
+                note!("{error}");
                 failed += 1;
             }
         }
@@ -103,22 +79,20 @@ pub(super) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-impl Classifier {
+impl Model {
     fn classify<'a>(&'a mut self, path: &'a Path, top: usize) -> Result<Prediction<'a>> {
-        let config = &self.checkpoint.description.config;
         let image = read_image(path)?;
         let mut pixels = vec![0; self.size * self.size * 3];
-        config.eval_images.apply(&image, self.size, &mut Scratch::default(), &mut pixels)?;
-        let normalisation = Architecture::find(&config.model)?.normalisation;
-        let x = self.backend.input(&pixels, self.size, &normalisation, &MixPlan::none(1))?;
+        let transform = self.checkpoint.description.config.eval_images;
+        transform.apply(&image, self.size, &mut Scratch::default(), &mut pixels)?;
+        let x = self.backend.input(&pixels, self.size, &self.normalisation, &MixPlan::none(1))?;
         let pass = self.network.forward(&mut self.backend, x, &mut self.vars, Mode::Eval, 0.0)?;
         let logits = self.backend.logits(&pass.head)?;
         let probabilities = softmax(&logits);
-        let candidate = |class: usize| Candidate {
-            class: &self.checkpoint.description.classes[class],
-            probability: probabilities[class],
-        };
+        let classes = self.classes();
+        let candidate =
+            |class: usize| Candidate { class: &classes[class], probability: probabilities[class] };
         let classes = ranking(&logits).into_iter().take(top).map(candidate).collect();
-        Ok(Prediction { image: path, classes })
+        Ok(Prediction { image: path.to_string_lossy(), classes })
     }
 }

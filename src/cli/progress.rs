@@ -1,5 +1,8 @@
 //! A training run on the terminal: a bar for the epoch under way, a line for each epoch done.
+//!
+//! Whoever stops reading these lines does not stop the run: what they say is in its metrics too.
 
+use super::output::say;
 use crate::train::Observer;
 use crate::train::evaluate::Scores;
 use crate::train::progressive::Stage;
@@ -42,7 +45,7 @@ impl Observer for Terminal {
             return;
         }
         let strength = &stage.regularisation;
-        println!(
+        let _ = say!(
             "stage {} of {stages}: {} px, dropout {:.2}, RandAugment {:.1}, mixup {:.2}, CutMix {:.2}",
             stage.index + 1,
             stage.image_size,
@@ -66,7 +69,7 @@ impl Observer for Terminal {
 
     fn epoch(&mut self, record: &EpochRecord) {
         self.bar.finish_and_clear();
-        println!(
+        let _ = say!(
             "epoch {:>3}/{}  train loss {:.4}  validation top-1 {}, averaged weights {}  {:.0} images/s",
             record.epoch + 1,
             self.epochs,

@@ -3,11 +3,14 @@
 use crate::model::{Architecture, StageCount, summarise};
 use crate::nn::BlockKind;
 use crate::report::table::{Column, Table, thousands};
-use crate::{Error, Result};
+use crate::Result;
+use crate::train::progressive::check_side;
+use super::output::say;
 
-/// Prints what an architecture consists of, stage by stage: block, kernel, stride, expansion, squeeze-excitation, channels,
-/// repeats, output side, parameters, multiply-adds (convolutions and classifier) and elements of convolution outputs, for
-/// one image.
+/// Print what an architecture consists of, stage by stage.
+///
+/// Block, kernel, stride, expansion, squeeze-excitation, channels, repeats, output side, parameters, multiply-adds
+/// (convolutions and classifier) and elements of convolution outputs, for one image.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// b0 to b3, s, m, l, xl, v1-b0 to v1-b7, nano; timm's and torchvision's names work too.
@@ -16,18 +19,16 @@ pub(super) struct Args {
     #[arg(long, value_name = "PIXELS")]
     size: Option<usize>,
     /// Number of classes.
-    #[arg(long, default_value_t = 1000)]
-    classes: usize,
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
+    classes: u32,
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
     let architecture = Architecture::find(&args.model)?;
-    let size = super::image_side(args.size, architecture.eval_size)?;
-    if args.classes == 0 {
-        return Err(Error::usage("--classes", 0, "must be at least 1"));
-    }
-    let summary = summarise(&architecture.network(args.classes), size);
-    println!("{}, {size} × {size} pixels, {} classes\n", architecture.name, args.classes);
+    let size = args.size.unwrap_or(architecture.eval_size);
+    check_side("--size", size)?;
+    let summary = summarise(&architecture.network(args.classes as usize), size);
+    say!("{}, {size} × {size} pixels, {} classes\n", architecture.name, args.classes)?;
     let mut table = Table::new([
         Column::left("stage"),
         Column::left("block"),
@@ -61,15 +62,14 @@ pub(super) fn run(args: &Args) -> Result<()> {
         thousands(total.macs as u64),
         thousands(total.activations as u64),
     ]);
-    println!("{table}");
-    println!(
-        "\n{} batch norms with {} running statistics; trained at {} px, evaluated at {} px",
+    say!("{table}")?;
+    say!(
+        "{} batch norms with {} running statistics; trained at {} px, evaluated at {} px",
         total.batch_norms,
         thousands(total.statistics as u64),
         architecture.train_size,
         architecture.eval_size
-    );
-    Ok(())
+    )
 }
 
 fn row(stage: &StageCount) -> [String; 12] {

@@ -15,6 +15,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
+/// The largest width and height of prepared images, in pixels.
+pub const LARGEST_SIDE: usize = 1 << 14;
+
 /// What is done with each image, and in which order they come.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Pipeline {
@@ -97,8 +100,8 @@ impl Loader {
         if config.batch == 0 {
             return Err(Error::usage("batch", 0, "expected at least 1"));
         }
-        if !(1..=1 << 14).contains(&config.size) {
-            return Err(Error::usage("size", config.size, "expected 1 to 16384 pixels"));
+        if !(1..=LARGEST_SIDE).contains(&config.size) {
+            return Err(Error::usage("size", config.size, format!("expected 1 to {LARGEST_SIDE} pixels")));
         }
         if dataset.is_empty() || dataset.len() > u32::MAX as usize {
             let problem = format!("{} images; expected 1 to {}", dataset.len(), u32::MAX);

@@ -8,6 +8,7 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use std::collections::HashMap;
 use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// The key of our own description in a file's metadata; it holds JSON.
@@ -202,18 +203,17 @@ pub fn write(path: &Path, tensors: &[NamedTensor], description: String) -> Resul
 }
 
 fn write_to(path: &Path, tensors: &[NamedTensor], metadata: HashMap<String, String>) -> std::io::Result<()> {
-    let other = |error: SafeTensorError| match error {
-        SafeTensorError::IoError(source) => source,
-        other => std::io::Error::other(other.to_string()),
-    };
     let views = tensors.iter().map(|tensor| {
         // Files are little-endian, as every machine this runs on is.
         let bytes = bytemuck::cast_slice(&tensor.values);
         TensorView::new(Dtype::F32, tensor.shape.clone(), bytes).map(|view| (tensor.name.as_str(), view))
     });
-    let views = views.collect::<Result<Vec<_>, _>>().map_err(other)?;
-    safetensors::serialize_to_file(views, Some(metadata), path).map_err(other)?;
-    File::open(path)?.sync_all()
+    // `safetensors::serialize_to_file` would leave a file of a random name behind whenever the process is killed, and
+    // one that only its owner may read.
+    let bytes = views.collect::<Result<Vec<_>, _>>().and_then(|views| safetensors::serialize(views, Some(metadata)));
+    let mut file = File::create(path)?;
+    file.write_all(&bytes.map_err(|error| std::io::Error::other(error.to_string()))?)?;
+    file.sync_all()
 }
 
 #[cfg(test)]

@@ -2,11 +2,11 @@
 //!
 //! A run may be killed at any moment, also in the middle of a line. Such a torn last line is dropped, by the reader and
 //! by the next writer; a broken line anywhere else is an error. A run resumed from a checkpoint first drops what came
-//! after that checkpoint ([`truncate_after`]), so that the file reads as if the run had never been interrupted.
+//! after that checkpoint ([`retain`]), so that the file reads as if the run had never been interrupted.
 
 use crate::{Error, Result};
 use serde::de::{DeserializeOwned, IgnoredAny};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -66,28 +66,24 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
         .collect()
 }
 
-/// Drops the records whose field `step` is greater than `step`, and returns how many those were. Records without such a
-/// field stay, and the bytes of whatever stays are untouched. A file that does not exist has nothing to drop.
+/// Keeps the records that `keep` says, and returns how many were dropped. The bytes of whatever stays are untouched. A file
+/// that does not exist has nothing to drop.
 ///
 /// The file is replaced in one move: an interruption leaves the old one or the new one.
 ///
 /// # Errors
-/// [`Error::Io`] when the file cannot be read or replaced; [`Error::File`] when another line than the last is broken.
-pub fn truncate_after(path: &Path, step: u64) -> Result<usize> {
-    #[derive(Deserialize)]
-    struct Position {
-        step: Option<u64>,
-    }
+/// [`Error::Io`] when the file cannot be read or replaced; [`Error::File`] when another line than the last does not hold a
+/// `T`.
+pub fn retain<T: DeserializeOwned>(path: &Path, keep: impl Fn(&T) -> bool) -> Result<usize> {
     let text = read_if_present(path)?;
     let (mut kept, mut dropped) = (Vec::with_capacity(text.len()), 0);
     for (number, line) in lines(&text) {
-        let position: Position =
-            serde_json::from_slice(line).map_err(|error| broken_line(path, number, &error.to_string()))?;
-        if position.step.is_some_and(|at| at > step) {
-            dropped += 1;
-        } else {
+        let record = serde_json::from_slice(line).map_err(|error| broken_line(path, number, &error.to_string()))?;
+        if keep(&record) {
             kept.extend_from_slice(line);
             kept.push(b'\n');
+        } else {
+            dropped += 1;
         }
     }
     if kept != text {
@@ -138,6 +134,7 @@ fn broken_line(path: &Path, number: usize, problem: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde::Deserialize;
 
     #[derive(Debug, PartialEq, Serialize, Deserialize)]
     struct Record {
@@ -188,7 +185,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
         fs::write(&path, "{\"step\":1,\"loss\":0.5}\n{\"step\":2,\"lo\n{\"step\":3,\"loss\":0.5}\n").unwrap();
-        for error in [read::<Record>(&path).unwrap_err(), truncate_after(&path, 1).unwrap_err()] {
+        for error in [read::<Record>(&path).unwrap_err(), retain(&path, |_: &Record| true).unwrap_err()] {
             assert!(error.to_string().contains("metrics.jsonl: line 2 is not"), "{error}");
         }
         let missing = read::<Record>(&folder.path().join("none.jsonl")).unwrap_err();
@@ -199,6 +196,11 @@ mod tests {
     fn a_resumed_run_drops_what_came_after_its_checkpoint() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
+        #[derive(Deserialize)]
+        struct Position {
+            step: Option<u64>,
+        }
+        let up_to_20 = |record: &Position| record.step.is_none_or(|step| step <= 20);
         let header = "{ \"model\": \"b0\" }\n";
         let kept = "{\"step\":10, \"loss\":0.5}\n{\"step\":20,\"loss\":0.25,\"more\":1e0}\n";
         fs::write(
@@ -206,11 +208,11 @@ mod tests {
             [header, kept, "{\"step\":21,\"loss\":0.2}\n{\"step\":30,\"loss\":0.1}\n{\"st"].concat(),
         )
         .unwrap();
-        assert_eq!(truncate_after(&path, 20).unwrap(), 2);
+        assert_eq!(retain(&path, up_to_20).unwrap(), 2);
         assert_eq!(fs::read_to_string(&path).unwrap(), [header, kept].concat());
-        assert_eq!(truncate_after(&path, 20).unwrap(), 0);
+        assert_eq!(retain(&path, up_to_20).unwrap(), 0);
         assert_eq!(fs::read_to_string(&path).unwrap(), [header, kept].concat());
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
-        assert_eq!(truncate_after(&folder.path().join("none.jsonl"), 0).unwrap(), 0);
+        assert_eq!(retain(&folder.path().join("none.jsonl"), up_to_20).unwrap(), 0);
     }
 }

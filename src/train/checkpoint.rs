@@ -4,6 +4,7 @@
 //! those of the moving average and of the optimizer. The metadata holds a [`Description`] as JSON.
 
 use super::config::TrainConfig;
+use super::run::{CHECKPOINT, CONFIG};
 use crate::backend::{Backend, Variables};
 use crate::model::weights::{self, METADATA_KEY, WeightFile, named};
 use crate::nn::{Layout, Network};
@@ -122,6 +123,18 @@ fn slot_prefix(slot: &str) -> String {
     format!("optimizer.{slot}.")
 }
 
+/// Why a folder has nothing to go on from, and what to do.
+fn without_checkpoint(folder: &Path) -> String {
+    let config = folder.join(CONFIG);
+    match config.exists() {
+        true => format!(
+            "this run ended before its first checkpoint; begin it again with `effnetv2 train --config {} --out DIR`",
+            config.display()
+        ),
+        false => format!("no {CHECKPOINT} in this folder; name the folder of a run, or a checkpoint"),
+    }
+}
+
 /// A checkpoint read from a file.
 #[derive(Debug)]
 pub struct Checkpoint {
@@ -136,7 +149,10 @@ impl Checkpoint {
     /// # Errors
     /// When the file cannot be read, is damaged, is no checkpoint, or was written by a newer version.
     pub fn read(path: &Path) -> Result<Self> {
-        let inside = path.join(super::run::CHECKPOINT);
+        let inside = path.join(CHECKPOINT);
+        if path.is_dir() && !inside.exists() {
+            return Err(Error::file(path, without_checkpoint(path)));
+        }
         let file = WeightFile::read(if path.is_dir() { &inside } else { path })?;
         let wrong = |problem: String| Error::file(file.path(), problem);
         let text = file.description().ok_or_else(|| {

@@ -3,7 +3,7 @@
 //! A configuration starts from the recipe of its model ([`TrainConfig::recipe`]); a file and then the flags override it
 //! key by key ([`TrainConfig::merged`]).
 
-use super::progressive::{Interpolation, Progressive};
+use super::progressive::{Interpolation, Progressive, Stage, check_side, Regularisation};
 use super::schedule::{Decay, scaled_peak};
 use crate::data::{EvalTransform, MixConfig, Operation, RandAugment, Source, TrainTransform};
 use crate::model::Architecture;
@@ -14,9 +14,6 @@ use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use toml::Table;
-
-/// The smallest side of an image: the networks halve it five times.
-pub const SMALLEST_IMAGE: usize = 32;
 
 /// Everything that decides the result of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -97,8 +94,7 @@ impl TrainConfig {
             return Ok(Self::small(&architecture.name, data, network));
         }
         let last = architecture.train_size;
-        let (stages, first) =
-            if architecture.name.starts_with("v1") { (1, last) } else { (4, 128.min(last)) };
+        let (stages, first) = if architecture.name.starts_with("v1") { (1, last) } else { (4, 128.min(last)) };
         let (magnitude, mix) = match architecture.name.as_str() {
             "m" => (15.0, 0.2),
             "l" | "xl" => (20.0, 0.5),
@@ -181,7 +177,14 @@ impl TrainConfig {
         }
     }
 
-    /// The recipe of the model that `overrides` name, with the keys they hold, the later ones winning. Without a
+    /// Makes warm-up and stages fit a run of `epochs`.
+    fn shorten(&mut self, epochs: u32) {
+        self.epochs = epochs;
+        self.warmup_epochs = self.warmup_epochs.min(f64::from(epochs) / 5.0);
+        self.progressive.stages = self.progressive.stages.min(epochs.max(1) as usize);
+    }
+
+    /// The recipe of the model that `overrides` name, shortened to their epochs, with the keys they hold, the later ones winning. Without a
     /// learning rate of theirs the recipe's is scaled to the batch.
     ///
     /// # Errors
@@ -189,33 +192,32 @@ impl TrainConfig {
     /// [`validate`](Self::validate).
     pub fn merged(default_model: &str, default_data: &str, overrides: &[(&str, Table)]) -> Result<Self> {
         let text = |key: &str, default: &str| -> Result<String> {
-            let given =
-                overrides.iter().rev().find_map(|(origin, table)| table.get(key).map(|v| (origin, v)));
+            let given = overrides.iter().rev().find_map(|(origin, table)| table.get(key).map(|v| (origin, v)));
             match given {
                 None => Ok(default.to_owned()),
                 Some((_, toml::Value::String(value))) => Ok(value.clone()),
                 Some((origin, other)) => Err(Error::usage(key, other, format!("{origin}: expected a text"))),
             }
         };
-        let recipe = Self::recipe(&text("model", default_model)?, &text("data", default_data)?)?;
+        let mut recipe = Self::recipe(&text("model", default_model)?, &text("data", default_data)?)?;
+        let epochs = overrides.iter().rev().find_map(|(_, table)| table.get("epochs"));
+        if let Some(epochs) = epochs.and_then(|value| u32::try_from(value.as_integer()?).ok()) {
+            recipe.shorten(epochs);
+        }
         let recipe_batch = recipe.batch;
         let mut merged =
             Table::try_from(&recipe).map_err(|e| Error::Training(format!("the recipe is no TOML: {e}")))?;
         let mut scales = true;
         for (origin, table) in overrides {
             scales &= !table.contains_key("learning_rate");
-            overlay(&mut merged, table);
-            if let Err(error) = merged.clone().try_into::<Self>() {
-                let message = error.message().replace('\n', " ");
-                return Err(Error::usage(
-                    "configuration",
-                    origin,
-                    format!("{message}; correct or remove it"),
-                ));
+            for (key, value) in table {
+                overlay(&mut merged, &Table::from_iter([(key.clone(), value.clone())]));
+                if let Err(error) = merged.clone().try_into::<Self>() {
+                    return Err(Error::usage(key, value, format!("{}; correct it in {origin}", plain(error.message()))));
+                }
             }
         }
-        let mut config: Self =
-            merged.try_into().map_err(|e| Error::usage("configuration", "merged", e.to_string()))?;
+        let mut config: Self = merged.try_into().map_err(|e| Error::usage("configuration", "merged", e.to_string()))?;
         config.model.clone_from(&recipe.model);
         if scales {
             config.learning_rate *= config.batch as f64 / recipe_batch as f64;
@@ -229,7 +231,11 @@ impl TrainConfig {
     /// When it cannot be read or is not TOML.
     pub fn read_table(path: &Path) -> Result<Table> {
         let text = std::fs::read_to_string(path).map_err(Error::io(path, "read"))?;
-        text.parse().map_err(|e: toml::de::Error| Error::file(path, format!("not valid TOML: {e}")))
+        text.parse().map_err(|error: toml::de::Error| {
+            let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+            let line = before.matches('\n').count() + 1;
+            Error::file(path, format!("line {line} is not valid TOML: {}", error.message().replace('\n', ", ")))
+        })
     }
 
     /// The configuration as a TOML file.
@@ -237,8 +243,7 @@ impl TrainConfig {
     /// # Errors
     /// Never for values that [`validate`](Self::validate) accepts.
     pub fn to_toml(&self) -> Result<String> {
-        toml::to_string_pretty(self)
-            .map_err(|e| Error::Training(format!("cannot express the configuration: {e}")))
+        toml::to_string_pretty(self).map_err(|e| Error::Training(format!("cannot express the configuration: {e}")))
     }
 
     /// Checks every value that does not depend on the data.
@@ -248,17 +253,12 @@ impl TrainConfig {
     pub fn validate(&self) -> Result<()> {
         Architecture::find(&self.model)?;
         let at_least_one = [("epochs", u64::from(self.epochs)), ("batch", self.batch as u64)];
-        for (key, value) in
-            at_least_one.into_iter().chain([("evaluate_every", u64::from(self.evaluate_every))])
-        {
+        for (key, value) in at_least_one.into_iter().chain([("evaluate_every", u64::from(self.evaluate_every))]) {
             if value == 0 {
                 return Err(Error::usage(key, 0, "must be at least 1"));
             }
         }
-        if self.eval_size < SMALLEST_IMAGE {
-            let problem = format!("must be at least {SMALLEST_IMAGE}: the network halves it five times");
-            return Err(Error::usage("eval_size", self.eval_size, problem));
-        }
+        check_side("eval_size", self.eval_size)?;
         let shares = [
             ("label_smoothing", self.label_smoothing),
             ("ema_decay", self.ema_decay),
@@ -270,13 +270,8 @@ impl TrainConfig {
                 return Err(Error::usage(key, share, "must lie in [0, 1)"));
             }
         }
-        let positive = [
-            ("learning_rate", self.learning_rate),
-            ("network.batch_norm.epsilon", self.network.batch_norm.epsilon),
-        ];
-        for (key, value) in
-            positive.into_iter().chain(self.max_gradient_norm.map(|v| ("max_gradient_norm", v)))
-        {
+        let positive = [("learning_rate", self.learning_rate), ("network.batch_norm.epsilon", self.network.batch_norm.epsilon)];
+        for (key, value) in positive.into_iter().chain(self.max_gradient_norm.map(|v| ("max_gradient_norm", v))) {
             if !(value > 0.0 && value.is_finite()) {
                 return Err(Error::usage(key, value, "must be a positive number"));
             }
@@ -285,13 +280,25 @@ impl TrainConfig {
             return Err(Error::usage("weight_decay", self.weight_decay, "must be a number of at least 0"));
         }
         if self.train_images.mix != MixConfig::default() {
-            let problem =
-                "mixing follows the stages; set progressive.mixup_alpha and progressive.cutmix_alpha";
+            let problem = "mixing follows the stages; set progressive.mixup_alpha and progressive.cutmix_alpha";
             return Err(Error::usage("train_images.mix", format!("{:?}", self.train_images.mix), problem));
         }
         self.optimizer.validate()?;
-        self.progressive.stages(self.epochs.into())?;
-        Ok(())
+        for stage in self.progressive.stages(self.epochs.into())? {
+            self.images_in(&stage).validate().map_err(of_the_progression)?;
+        }
+        self.eval_images.validate()
+    }
+
+    /// What happens to a training image in `stage`.
+    pub fn images_in(&self, stage: &Stage) -> TrainTransform {
+        let Regularisation { randaugment, mixup_alpha, cutmix_alpha, .. } = stage.regularisation;
+        let augment = |base: &RandAugment| RandAugment { magnitude: randaugment as f32, ..base.clone() };
+        TrainTransform {
+            randaugment: self.train_images.randaugment.as_ref().map(augment),
+            mix: MixConfig { mixup: mixup_alpha, cutmix: cutmix_alpha },
+            ..self.train_images.clone()
+        }
     }
 
     /// The network for `classes` classes.
@@ -305,6 +312,31 @@ impl TrainConfig {
         architecture.batch_norm = self.network.batch_norm;
         Ok(architecture.network(classes))
     }
+}
+
+/// Names the key of the progression that a strength comes from.
+fn of_the_progression(error: Error) -> Error {
+    const KEYS: [(&str, &str); 3] = [
+        ("mixup", "progressive.mixup_alpha"),
+        ("cutmix", "progressive.cutmix_alpha"),
+        ("randaugment.magnitude", "progressive.randaugment"),
+    ];
+    match error {
+        Error::Usage { name, value, problem } => {
+            let key = KEYS.iter().find(|(inner, _)| *inner == name).map(|(_, key)| (*key).to_owned());
+            Error::Usage { name: key.unwrap_or(name), value, problem }
+        }
+        other => other,
+    }
+}
+
+/// What a message of the parser means to someone who writes TOML.
+fn plain(message: &str) -> String {
+    let words = [("usize", "a whole number"), ("u64", "a whole number"), ("u32", "a whole number"), ("f64", "a number")];
+    let spelled = |text: String, (rust, plain): (&str, &str)| {
+        text.replace(&format!("expected {rust}"), &format!("expected {plain}"))
+    };
+    words.into_iter().fold(message.replace('\n', " "), spelled)
 }
 
 /// Writes the keys of `over` over those of `under`, table by table. A table that names another kind of thing (another
@@ -347,9 +379,7 @@ mod tests {
 
     #[test]
     fn later_keys_win_and_tables_merge() {
-        let file = table(
-            "model = 's'\nbatch = 64\n[progressive]\nimage_size = [96, 160]\n[optimizer]\nrule = 'sgd'",
-        );
+        let file = table("model = 's'\nbatch = 64\n[progressive]\nimage_size = [96, 160]\n[optimizer]\nrule = 'sgd'");
         let flags = table("batch = 128");
         let config = TrainConfig::merged("b0", "pictures", &[("run.toml", file), ("flags", flags)]).unwrap();
         assert_eq!((config.model.as_str(), config.data.as_str(), config.batch), ("s", "pictures", 128));
@@ -369,7 +399,7 @@ mod tests {
             ("model = 3", "expected a text"),
             ("[progressive]\nsize = 3", "size"),
             ("batch = 0", "batch = 0"),
-            ("batch = -3", "-3"),
+            ("batch = -3", "batch = -3: invalid value: integer `-3`, expected a whole number; correct it in run.toml"),
             ("eval_size = 31", "at least 32"),
             ("[progressive]\nimage_size = [16, 64]", "image_size"),
             ("learning_rate = 0.0", "learning_rate"),
@@ -378,7 +408,11 @@ mod tests {
             ("[network]\ndrop_path = 1.5", "network.drop_path"),
             ("[optimizer]\nrule = 'lion'", "lion"),
             ("[train_images.mix]\nmixup = 0.5", "progressive.mixup_alpha"),
-            ("epochs = 2", "stages"),
+            ("epochs = 2\n[progressive]\nstages = 3", "progressive.stages = 3"),
+            ("[progressive]\nmixup_alpha = [0.0, 1e-9]", "progressive.mixup_alpha"),
+            ("[progressive]\nrandaugment = [5.0, 31.0]", "progressive.randaugment"),
+            ("[progressive]\nimage_size = [128, 20000]", "at most 16384"),
+            ("[eval_images.crop]\ncenter = 2.0", "center"),
         ] {
             let merged = TrainConfig::merged("s", "pictures", &[("run.toml", table(text))]);
             let error = merged.and_then(|config| config.validate()).unwrap_err();

@@ -6,19 +6,24 @@ use crate::data::Loader;
 use crate::nn::Network;
 use crate::report::confusion::ConfusionMatrix;
 use crate::tensor::Real;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// How well a set of weights does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Scores {
     /// Images looked at.
     pub images: u64,
-    /// Mean cross entropy, without label smoothing.
+    /// Mean cross entropy, without label smoothing. NaN when the weights have diverged; JSON writes that as null.
+    #[serde(deserialize_with = "number_or_nan")]
     pub loss: f64,
     /// Share of images whose class has the largest logit.
     pub top1: f64,
     /// Share of images whose class is among the five largest.
     pub top5: f64,
+}
+
+fn number_or_nan<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
 
 /// The classes of one image's logits, best first; equal ones in order of their number.
@@ -36,17 +41,18 @@ pub fn softmax<F: Real>(logits: &[F]) -> Vec<f64> {
     powers.into_iter().map(|p| p / sum).collect()
 }
 
-/// Scores and confusion matrix over every image of `loader`; `on_batch` hears the number of images done.
+/// Scores and confusion matrix over every image of `loader`; `on_batch` hears the number of images in each batch done, and
+/// may end it with an error.
 ///
 /// # Errors
-/// What the loader or the backend says.
+/// What the loader, the backend or `on_batch` says.
 pub fn evaluate<B: Backend>(
     backend: &mut B,
     network: &Network,
     vars: &mut Variables<B>,
     loader: &Loader,
     normalisation: &Normalisation,
-    mut on_batch: impl FnMut(usize),
+    mut on_batch: impl FnMut(usize) -> Result<()>,
 ) -> Result<(Scores, ConfusionMatrix)> {
     let classes = network.spec().classes;
     let mut confusion = ConfusionMatrix::new(loader.dataset().classes().to_vec())?;
@@ -62,7 +68,7 @@ pub fn evaluate<B: Backend>(
             confusion.record(label as usize, ranking[0])?;
             top5 += u64::from(ranking.iter().take(5).any(|&class| class == label as usize));
         }
-        on_batch(batch.len());
+        on_batch(batch.len())?;
     }
     let images = confusion.total();
     let share = |count: u64| count as f64 / images as f64;

@@ -4,12 +4,28 @@
 //! The paper's Algorithm 1 and the code its weights were trained with disagree on the interpolation, so both are here:
 //! see [`Interpolation`].
 
+use crate::data::loader::LARGEST_SIDE;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
 /// The smallest image that survives the five halvings of the network.
 const SMALLEST_IMAGE: usize = 32;
+
+/// Checks the side of square images, in pixels, that the flag or key `name` asks for.
+///
+/// # Errors
+/// [`Error::Usage`] when it is below 32 or above [`LARGEST_SIDE`].
+pub fn check_side(name: &str, side: usize) -> Result<()> {
+    if side < SMALLEST_IMAGE {
+        let problem = format!("must be at least {SMALLEST_IMAGE}: the network halves it five times");
+        return Err(Error::usage(name, side, problem));
+    }
+    if side > LARGEST_SIDE {
+        return Err(Error::usage(name, side, format!("must be at most {LARGEST_SIDE}")));
+    }
+    Ok(())
+}
 
 /// How the values of stage s of M, counted from 0, lie between the first and the last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,13 +102,7 @@ impl Progressive {
             ));
         }
         let [smallest, largest] = self.image_size;
-        if smallest < SMALLEST_IMAGE {
-            return Err(usage(
-                "image_size",
-                smallest,
-                "must be at least 32: the network halves it five times",
-            ));
-        }
+        check_side("progressive.image_size", smallest)?;
         if largest < smallest {
             return Err(usage(
                 "image_size",
@@ -100,6 +110,7 @@ impl Progressive {
                 format!("must not be below the first size, {smallest}"),
             ));
         }
+        check_side("progressive.image_size", largest)?;
         if self.multiple_of == Some(0) {
             return Err(usage("multiple_of", 0, "must be at least 1; leave it out to round to nothing"));
         }

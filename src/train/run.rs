@@ -1,5 +1,6 @@
 //! The folder of a run: effective configuration, metrics, curves, checkpoint.
 
+use super::checkpoint::Position;
 use super::config::TrainConfig;
 use super::evaluate::Scores;
 use super::progressive::Stage;
@@ -73,8 +74,12 @@ impl RunFolder {
     /// # Errors
     /// When it already holds a run, or cannot be written.
     pub fn create(path: &Path, config: &TrainConfig) -> Result<Self> {
-        if path.join(CONFIG).exists() {
+        if path.join(CHECKPOINT).exists() {
             let problem = "already holds a run; go on with it by --resume, or choose another folder by --out";
+            return Err(Error::file(path, problem));
+        }
+        if path.join(CONFIG).exists() {
+            let problem = "holds a run that ended before its first checkpoint; remove the folder, or choose another by --out";
             return Err(Error::file(path, problem));
         }
         fs::create_dir_all(path).map_err(Error::io(path, "create"))?;
@@ -83,15 +88,16 @@ impl RunFolder {
         Ok(Self(path.to_owned()))
     }
 
-    /// A folder that holds a run stopped after `step` steps; metrics of later steps are dropped.
+    /// A folder that holds a run whose checkpoint stands at `position`; metrics of what comes later are dropped.
     ///
     /// # Errors
     /// When the metrics cannot be rewritten.
-    pub fn reopen(path: &Path, step: u64) -> Result<Self> {
-        let file = path.join(METRICS);
-        if file.exists() {
-            metrics::truncate_after(&file, step)?;
-        }
+    pub fn reopen(path: &Path, position: Position) -> Result<Self> {
+        metrics::retain(&path.join(METRICS), |record| match record {
+            Record::Step(step) => step.step <= position.step,
+            // An epoch is over only when its evaluation is: the last step of one does not suffice.
+            Record::Epoch(epoch) => epoch.epoch < position.epoch,
+        })?;
         Ok(Self(path.to_owned()))
     }
 

@@ -7,9 +7,7 @@ use super::progressive::{Stage, stage_at};
 use super::run::{CHECKPOINT, EpochRecord, METRICS, Record, RunFolder, StepRecord};
 use super::schedule::Schedule;
 use crate::backend::{Backend, Mode, Normalisation, StepKey};
-use crate::data::{
-    BadImages, Batch, Loader, LoaderConfig, MixConfig, Pipeline, RandAugment, Splits, TrainTransform,
-};
+use crate::data::{BadImages, Batch, Loader, LoaderConfig, Pipeline, Splits};
 use crate::model::weights::WeightFile;
 use crate::model::{Architecture, initial_values, summarise};
 use crate::nn::Network;
@@ -127,12 +125,7 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// [`Error::Interrupted`] when the observer asked to stop, [`Error::Training`] when loss or gradient is not finite, and
     /// whatever data, backend or disk say. The last checkpoint is good in every case.
-    pub fn run(
-        &mut self,
-        splits: &Splits,
-        folder: &RunFolder,
-        observer: &mut dyn Observer,
-    ) -> Result<Scores> {
+    pub fn run(&mut self, splits: &Splits, folder: &RunFolder, observer: &mut dyn Observer) -> Result<Scores> {
         let plan = self.plan(splits)?;
         let mut metrics = MetricsWriter::append(&folder.file(METRICS))?;
         let mut last = None;
@@ -145,8 +138,10 @@ impl<B: Backend> Trainer<B> {
             let evaluates =
                 (epoch + 1).is_multiple_of(self.config().evaluate_every) || epoch + 1 == self.config().epochs;
             let (weights, average) = if evaluates {
-                let (weights, average) = self.evaluate(&plan.validation)?;
-                (Some(weights), Some(average))
+                match self.evaluate(&plan.validation, observer) {
+                    Err(Error::Interrupted(_)) => return Err(self.stopped(folder)),
+                    scores => scores.map(|(weights, average)| (Some(weights), Some(average)))?,
+                }
             } else {
                 (None, None)
             };
@@ -163,7 +158,7 @@ impl<B: Backend> Trainer<B> {
         }
         match last {
             Some(scores) => Ok(scores),
-            None => Ok(self.evaluate(&plan.validation)?.1),
+            None => Ok(self.evaluate(&plan.validation, observer)?.1),
         }
     }
 
@@ -176,6 +171,10 @@ impl<B: Backend> Trainer<B> {
         if splits.train.classes() != self.description.classes {
             let (found, known) = (splits.train.classes().len(), self.description.classes.len());
             let problem = format!("its {found} classes are not the {known} that the run began with");
+            return Err(Error::usage("data", splits.train.name(), problem));
+        }
+        if splits.train.classes().len() < 2 {
+            let problem = "it has a single class; there is nothing to tell apart with fewer than two";
             return Err(Error::usage("data", splits.train.name(), problem));
         }
         let stages = config.progressive.stages(config.epochs.into())?;
@@ -192,8 +191,7 @@ impl<B: Backend> Trainer<B> {
         }
         let validation = self.loader_config(config.eval_size, Pipeline::Eval(config.eval_images));
         let validation = Loader::new(splits.validation.clone(), validation)?;
-        let first = Loader::new(splits.train.clone(), self.train_config(&stages[0]))?;
-        let steps_per_epoch = first.batches();
+        let steps_per_epoch = self.train_loader(splits, &stages[0])?.batches();
         let schedule = Schedule::new(
             config.learning_rate,
             config.decay,
@@ -207,29 +205,13 @@ impl<B: Backend> Trainer<B> {
     fn loader_config(&self, size: usize, pipeline: Pipeline) -> LoaderConfig {
         let config = self.config();
         let bad_images = if config.strict { BadImages::Fail } else { BadImages::Skip };
-        LoaderConfig {
-            batch: config.batch,
-            size,
-            seed: config.seed,
-            threads: 0,
-            prefetch: PREFETCH,
-            bad_images,
-            pipeline,
-        }
+        let (batch, seed, threads) = (config.batch, config.seed, rayon::current_num_threads());
+        LoaderConfig { batch, size, seed, threads, prefetch: PREFETCH, bad_images, pipeline }
     }
 
-    fn train_config(&self, stage: &Stage) -> LoaderConfig {
-        let strength = &stage.regularisation;
-        let base = &self.config().train_images;
-        let transform = TrainTransform {
-            randaugment: base
-                .randaugment
-                .as_ref()
-                .map(|augment| RandAugment { magnitude: strength.randaugment as f32, ..augment.clone() }),
-            mix: MixConfig { mixup: strength.mixup_alpha, cutmix: strength.cutmix_alpha },
-            ..base.clone()
-        };
-        self.loader_config(stage.image_size, Pipeline::Train(transform))
+    fn train_loader(&self, splits: &Splits, stage: &Stage) -> Result<Loader> {
+        let pipeline = Pipeline::Train(self.config().images_in(stage));
+        Loader::new(splits.train.clone(), self.loader_config(stage.image_size, pipeline))
     }
 
     /// The rest of the epoch under way; returns images a second.
@@ -242,49 +224,43 @@ impl<B: Backend> Trainer<B> {
         metrics: &mut MetricsWriter,
         observer: &mut dyn Observer,
     ) -> Result<f64> {
-        let loader = Loader::new(splits.train.clone(), self.train_config(stage))?;
+        let loader = self.train_loader(splits, stage)?;
         let Position { epoch, batch: done, .. } = self.description.position;
         observer.epoch_begins(epoch, done, loader.batches());
         let (start, mut images) = (Instant::now(), 0);
         for batch in loader.epoch(epoch, done) {
-            let batch = batch?;
+            let batch = match batch {
+                Ok(batch) => batch,
+                Err(error) => {
+                    // The steps up to here are good: whoever mends the data goes on from them.
+                    self.save(folder)?;
+                    return Err(error);
+                }
+            };
             images += batch.len();
             let record = self.step(&batch, stage, &plan.schedule, folder)?;
             metrics.write(&Record::Step(record))?;
             observer.step(&record);
             let every = self.config().checkpoint_every;
             let due = every > 0 && record.step.is_multiple_of(every);
-            let stop = observer.should_stop();
-            if stop || due {
-                self.save(folder)?;
+            if observer.should_stop() {
+                return Err(self.stopped(folder));
             }
-            if stop {
-                let path = folder.path().display();
-                let message = format!(
-                    "stopped after step {}; go on with `effnetv2 train --resume {path}`",
-                    record.step
-                );
-                return Err(Error::Interrupted(message));
+            if due {
+                self.save(folder)?;
             }
         }
         Ok(images as f64 / start.elapsed().as_secs_f64())
     }
 
     /// Forward, loss, backward, update, average.
-    fn step(
-        &mut self,
-        batch: &Batch,
-        stage: &Stage,
-        schedule: &Schedule,
-        folder: &RunFolder,
-    ) -> Result<StepRecord> {
+    fn step(&mut self, batch: &Batch, stage: &Stage, schedule: &Schedule, folder: &RunFolder) -> Result<StepRecord> {
         let Self { backend, network, normalisation, description, state } = self;
         let (config, position) = (&description.config, &mut description.position);
         let key = StepKey { seed: config.seed, epoch: batch.epoch, images: batch.indices.clone() };
         backend.begin_step(&key);
         let x = backend.input(&batch.images, batch.size, normalisation, &batch.mix)?;
-        let mut pass =
-            network.forward(backend, x, &mut state.vars, Mode::Train, stage.regularisation.dropout)?;
+        let mut pass = network.forward(backend, x, &mut state.vars, Mode::Train, stage.regularisation.dropout)?;
         let smoothing = config.label_smoothing as f32;
         let targets = batch.mix.soft_targets(&batch.labels, network.spec().classes, smoothing)?;
         let loss = backend.cross_entropy(&mut pass.head, &targets)?;
@@ -293,18 +269,14 @@ impl<B: Backend> Trainer<B> {
         let gradient_norm = backend.norm(&state.vars.grads)?;
         let scale = gradient_scale(gradient_norm, 1.0, config.max_gradient_norm);
         let (Some(gradient_scale), true) = (scale, loss.is_finite()) else {
-            return Err(not_finite(position, loss, gradient_norm, folder));
+            let position = Position { step: position.step + 1, ..*position };
+            let what = format!("loss {loss} and gradient norm {gradient_norm}");
+            return Err(diverged(&position, &what, folder));
         };
         let number = position.step;
         let learning_rate = schedule.learning_rate(number);
         let step = Step { number, learning_rate, weight_decay: config.weight_decay, gradient_scale };
-        backend.update(
-            config.optimizer,
-            &step,
-            &network.layout().decayed(),
-            &mut state.vars,
-            &mut state.slots,
-        )?;
+        backend.update(config.optimizer, &step, &network.layout().decayed(), &mut state.vars, &mut state.slots)?;
         let decay = ema_decay(config.ema_decay, number);
         backend.update_average(&mut state.average.params, &state.vars.params, decay)?;
         backend.update_average(&mut state.average.stats, &state.vars.stats, decay)?;
@@ -315,24 +287,47 @@ impl<B: Backend> Trainer<B> {
         Ok(StepRecord { step, epoch, loss, learning_rate, gradient_norm, image_size })
     }
 
-    /// Scores of the weights and of their average.
-    fn evaluate(&mut self, loader: &Loader) -> Result<(Scores, Scores)> {
+    /// Scores of the weights and of their average; [`Error::Interrupted`] when the observer does not want them any more.
+    fn evaluate(&mut self, loader: &Loader, observer: &dyn Observer) -> Result<(Scores, Scores)> {
         let Self { backend, network, normalisation, state, .. } = self;
-        let mut scores = |vars| evaluate(backend, network, vars, loader, normalisation, |_| {}).map(|s| s.0);
+        let go_on = |_| match observer.should_stop() {
+            true => Err(Error::Interrupted("stopped while evaluating".to_owned())),
+            false => Ok(()),
+        };
+        let mut scores = |vars| evaluate(backend, network, vars, loader, normalisation, go_on).map(|s| s.0);
         Ok((scores(&mut state.vars)?, scores(&mut state.average)?))
+    }
+
+    /// Saves, and gives the error that ends the run.
+    fn stopped(&mut self, folder: &RunFolder) -> Error {
+        let (step, path) = (self.position().step, folder.path().display());
+        match self.save(folder) {
+            Ok(()) => Error::Interrupted(format!(
+                "stopped after step {step}; go on with `effnetv2 train --resume {path}`"
+            )),
+            Err(error) => error,
+        }
     }
 
     /// Writes the checkpoint of the run.
     ///
     /// # Errors
-    /// When it cannot be written; the one before is then still there.
-    pub fn save(&self, folder: &RunFolder) -> Result<()> {
+    /// When a value of it is not finite, or it cannot be written; the one before is then still there.
+    pub fn save(&mut self, folder: &RunFolder) -> Result<()> {
+        let State { vars, average, slots } = &self.state;
+        let buffers = [&vars.params, &vars.stats, &average.params, &average.stats];
+        for buffer in buffers.into_iter().chain(slots) {
+            if !self.backend.norm(buffer)?.is_finite() {
+                return Err(diverged(&self.position(), "weights that are not finite", folder));
+            }
+        }
         let path = folder.file(CHECKPOINT);
         checkpoint::write(&path, &self.backend, self.network.layout(), &self.state, &self.description)
     }
 }
 
-fn not_finite(position: &Position, loss: f64, gradient_norm: f64, folder: &RunFolder) -> Error {
+/// Training ends at this step because of `what`.
+fn diverged(position: &Position, what: &str, folder: &RunFolder) -> Error {
     let checkpoint = folder.file(CHECKPOINT);
     let kept = if checkpoint.exists() {
         format!("the last good checkpoint is {}", checkpoint.display())
@@ -340,9 +335,8 @@ fn not_finite(position: &Position, loss: f64, gradient_norm: f64, folder: &RunFo
         "there was no checkpoint yet".to_owned()
     };
     Error::Training(format!(
-        "step {} of epoch {}: loss {loss}, gradient norm {gradient_norm}; {kept}. Lower the learning rate, warm up longer \
-         or set max_gradient_norm",
-        position.step + 1,
-        position.epoch
+        "step {} in epoch {} has {what}; {kept}. Lower the learning rate, warm up longer or set max_gradient_norm",
+        position.step,
+        position.epoch + 1
     ))
 }

@@ -210,7 +210,8 @@ fn write_to(path: &Path, tensors: &[NamedTensor], metadata: HashMap<String, Stri
     });
     // `safetensors::serialize_to_file` would leave a file of a random name behind whenever the process is killed, and
     // one that only its owner may read.
-    let bytes = views.collect::<Result<Vec<_>, _>>().and_then(|views| safetensors::serialize(views, Some(metadata)));
+    let bytes =
+        views.collect::<Result<Vec<_>, _>>().and_then(|views| safetensors::serialize(views, Some(metadata)));
     let mut file = File::create(path)?;
     file.write_all(&bytes.map_err(|error| std::io::Error::other(error.to_string()))?)?;
     file.sync_all()

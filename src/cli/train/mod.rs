@@ -72,7 +72,12 @@ fn open_data(config: &TrainConfig) -> Result<Splits> {
 }
 
 /// Runs a configuration from its start in the folder `out`, or in a new one named after `name`.
-pub(super) fn start(config: TrainConfig, out: Option<&Path>, name: &str, init: Option<&Path>) -> Result<RunFolder> {
+pub(super) fn start(
+    config: TrainConfig,
+    out: Option<&Path>,
+    name: &str,
+    init: Option<&Path>,
+) -> Result<RunFolder> {
     super::announce_device()?;
     let splits = open_data(&config)?;
     let classes = splits.train.classes().to_vec();

@@ -108,8 +108,9 @@ mod tests {
     #[test]
     fn trimming_frees_what_a_whole_step_did_not_need() {
         let pool = Pool::default();
-        let pair = [pool.take(8), pool.take(8)];
-        pair.map(|buffer| pool.give(buffer));
+        for buffer in [pool.take(8), pool.take(8)] {
+            pool.give(buffer);
+        }
         pool.trim();
         assert_eq!(idle(&pool), 2, "both were needed since the pool began");
         let one = pool.take(8);

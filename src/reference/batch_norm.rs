@@ -73,16 +73,10 @@ pub fn moments<F: Real>(y: &Tensor<F>) -> Moments {
         .map(|piece| {
             let data = &y.data()[piece.range];
             let count = data.len() / channels;
-            let sum = simd(
-                #[inline(always)]
-                || sums(data, channels),
-            );
+            let sum = simd!(sums(data, channels));
             let mean: Vec<f64> = sum.iter().map(|s| s / count as f64).collect();
             let center: Vec<F> = mean.iter().map(|&m| F::of(m)).collect();
-            let (offset, squares) = simd(
-                #[inline(always)]
-                || centred_sums(data, &center),
-            );
+            let (offset, squares) = simd!(centred_sums(data, &center));
             // The centre was rounded to F: what is left of the mean corrects both.
             let rest = |c: usize| offset[c] / count as f64;
             let exact = (0..channels).map(|c| center[c].f64() + rest(c)).collect();
@@ -178,26 +172,20 @@ pub fn apply<F: Real>(y: &Tensor<F>, norm: &Norm<F>, act: Activation, gate: Opti
     for_pieces(shape, out.data_mut(), |piece, out| {
         let y = &y.data()[piece.range.clone()];
         let gate = gate.map(|g| repeat(row(g, piece.image, shape.c)));
-        simd(
-            #[inline(always)]
-            || {
-                for (y, out) in y.chunks(scale.len()).zip(out.chunks_mut(scale.len())) {
-                    let normalised = y.iter().zip(&scale).zip(&shift).map(|((&y, &a), &b)| a * y + b);
-                    match (act, &gate) {
-                        (Activation::Identity, _) => out.iter_mut().zip(normalised).for_each(|(o, z)| *o = z),
-                        (Activation::Silu, None) => {
-                            out.iter_mut().zip(normalised).for_each(|(o, z)| *o = z.silu());
-                        }
-                        (Activation::Silu, Some(gate)) => {
-                            out.iter_mut()
-                                .zip(normalised)
-                                .zip(gate)
-                                .for_each(|((o, z), &g)| *o = z.silu() * g);
-                        }
+        simd!({
+            for (y, out) in y.chunks(scale.len()).zip(out.chunks_mut(scale.len())) {
+                let normalised = y.iter().zip(&scale).zip(&shift).map(|((&y, &a), &b)| a * y + b);
+                match (act, &gate) {
+                    (Activation::Identity, _) => out.iter_mut().zip(normalised).for_each(|(o, z)| *o = z),
+                    (Activation::Silu, None) => {
+                        out.iter_mut().zip(normalised).for_each(|(o, z)| *o = z.silu());
+                    }
+                    (Activation::Silu, Some(gate)) => {
+                        out.iter_mut().zip(normalised).zip(gate).for_each(|((o, z), &g)| *o = z.silu() * g);
                     }
                 }
-            },
-        );
+            }
+        });
     });
     out
 }
@@ -217,14 +205,11 @@ pub fn merge<F: Real>(
     for_pieces(y.shape(), out.data_mut(), |piece, out| {
         let factor = factors.map_or(F::one(), |f| f[piece.image]);
         match skip {
-            Some(skip) => simd(
-                #[inline(always)]
-                || {
-                    for (o, &s) in out.iter_mut().zip(&skip.data()[piece.range.clone()]) {
-                        *o = factor * *o + s;
-                    }
-                },
-            ),
+            Some(skip) => simd!({
+                for (o, &s) in out.iter_mut().zip(&skip.data()[piece.range.clone()]) {
+                    *o = factor * *o + s;
+                }
+            }),
             None => out.iter_mut().for_each(|o| *o = factor * *o),
         }
     });
@@ -243,10 +228,7 @@ pub fn backward<F: Real>(
     let pass = Pass::new(norm);
     let parts = for_pieces(shape, grad.data_mut(), |piece, grad| {
         let y = &y.data()[piece.range.clone()];
-        simd(
-            #[inline(always)]
-            || pass.silu(piece, y, grad, arrival),
-        )
+        simd!(pass.silu(piece, y, grad, arrival))
     });
     total(parts, shape)
 }
@@ -263,10 +245,7 @@ pub fn backward_identity<F: Real>(
     let parts = pieces(shape).into_par_iter().map(|piece| {
         let (y, grad) = (&y.data()[piece.range.clone()], &grad.data()[piece.range.clone()]);
         let factor = factors.map_or(F::one(), |f| f[piece.image]);
-        simd(
-            #[inline(always)]
-            || pass.identity(y, grad, factor),
-        )
+        simd!(pass.identity(y, grad, factor))
     });
     total(parts.collect(), shape)
 }
@@ -367,20 +346,17 @@ impl<F: Real> Owed<F> {
         for_pieces(shape, out.data_mut(), |piece, out| {
             let (grad, y) = (&grad.data()[piece.range.clone()], &y.data()[piece.range.clone()]);
             let factor = self.factors.as_ref().map_or(F::one(), |f| f[piece.image]);
-            simd(
-                #[inline(always)]
-                || {
-                    for ((out, grad), y) in
-                        out.chunks_mut(a.len()).zip(grad.chunks(a.len())).zip(y.chunks(a.len()))
-                    {
-                        let n = out.len();
-                        let (grad, y, a, b, c) = (&grad[..n], &y[..n], &a[..n], &b[..n], &c[..n]);
-                        for i in 0..n {
-                            out[i] = a[i] * (factor * grad[i]) + b[i] * y[i] + c[i];
-                        }
+            simd!({
+                for ((out, grad), y) in
+                    out.chunks_mut(a.len()).zip(grad.chunks(a.len())).zip(y.chunks(a.len()))
+                {
+                    let n = out.len();
+                    let (grad, y, a, b, c) = (&grad[..n], &y[..n], &a[..n], &b[..n], &c[..n]);
+                    for i in 0..n {
+                        out[i] = a[i] * (factor * grad[i]) + b[i] * y[i] + c[i];
                     }
-                },
-            );
+                }
+            });
         });
         out
     }

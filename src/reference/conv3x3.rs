@@ -92,14 +92,11 @@ pub fn backward_input<F: Real>(conv: &Conv, dy: &Tensor<F>, weight: &[F], x: Sha
             let part = &dy[rows.start * y.w * y.c..][..pixels * y.c];
             let target = &mut matrix_mut(lowered, pixels, columns(conv));
             general_mat_mul(F::one(), &matrix(part, pixels, y.c), &weight, F::zero(), target);
-            simd(
-                #[inline(always)]
-                || {
-                    for_runs(conv, x, y, rows, |source, target, len| {
-                        accumulate(&mut dx[source..source + len], &lowered[target..target + len]);
-                    });
-                },
-            );
+            simd!({
+                for_runs(conv, x, y, rows, |source, target, len| {
+                    accumulate(&mut dx[source..source + len], &lowered[target..target + len]);
+                });
+            });
         }
     });
     dx

@@ -96,13 +96,10 @@ fn filter<F: Real>(
     result.data_mut().par_chunks_mut(out.w * out.c).enumerate().for_each(|(row, target)| {
         let meets = (&rows[row % out.h], &columns[..]);
         let data = (&source.data()[row / out.h * image..][..image], weight);
-        simd(
-            #[inline(always)]
-            || {
-                filter_row::<F, LANES>(0..whole, geometry, meets, data, target);
-                filter_row::<F, 1>(whole..out.c, geometry, meets, data, target);
-            },
-        );
+        simd!({
+            filter_row::<F, LANES>(0..whole, geometry, meets, data, target);
+            filter_row::<F, 1>(whole..out.c, geometry, meets, data, target);
+        });
     });
     result
 }
@@ -154,13 +151,10 @@ pub fn backward_weight<F: Real>(conv: &Conv, x: &Tensor<F>, dy: &Tensor<F>, grad
         .map(|(image, dy)| {
             let mut sum = vec![F::zero(); grad.len()];
             for (dy, rows) in dy.chunks(y.w * y.c).zip(&rows) {
-                simd(
-                    #[inline(always)]
-                    || {
-                        weight_row::<F, LANES>(0..whole, geometry, (rows, &columns), (image, dy), &mut sum);
-                        weight_row::<F, 1>(whole..shape.c, geometry, (rows, &columns), (image, dy), &mut sum);
-                    },
-                );
+                simd!({
+                    weight_row::<F, LANES>(0..whole, geometry, (rows, &columns), (image, dy), &mut sum);
+                    weight_row::<F, 1>(whole..shape.c, geometry, (rows, &columns), (image, dy), &mut sum);
+                });
             }
             sum
         })

@@ -162,18 +162,15 @@ impl<F: Float + Send + Sync> Sweep<'_, F> {
                 let part = part.start - start..part.end - start;
                 let (w, g) = (&mut w[part.clone()], &g[part.clone()]);
                 let mut slots = slots.each_mut().map(|slot| &mut slot[part.clone()]);
-                simd(
-                    #[inline(always)]
-                    || {
-                        for (i, (w, &g)) in w.iter_mut().zip(g).enumerate() {
-                            let slots = slots.each_mut().map(
-                                #[inline(always)]
-                                |slot| &mut slot[i],
-                            );
-                            element(w, g * self.gradient_scale, decay, slots);
-                        }
-                    },
-                );
+                simd!({
+                    for (i, (w, &g)) in w.iter_mut().zip(g).enumerate() {
+                        let slots = slots.each_mut().map(
+                            #[inline(always)]
+                            |slot| &mut slot[i],
+                        );
+                        element(w, g * self.gradient_scale, decay, slots);
+                    }
+                });
             }
         });
         Ok(())

@@ -13,10 +13,22 @@ const SMALL_PRODUCT: usize = 1 << 18;
 /// The width to which per-channel vectors are repeated, so that few channels still fill the vector registers.
 const PERIOD: usize = 256;
 
-/// Runs `f` compiled for the widest vector instructions this machine has. A closure must be marked
-/// `#[inline(always)]`, and so must what it calls: a function that stays one of its own is compiled for the narrowest.
+/// Evaluates an expression compiled for the widest vector instructions this machine has. It is a macro because the
+/// closure must be inlined into the dispatcher, and so must what it calls (`#[inline(always)]`): a function that stays
+/// one of its own is compiled for the narrowest.
+macro_rules! simd {
+    ($body:expr) => {
+        $crate::reference::parallel::widest(
+            #[inline(always)]
+            || $body,
+        )
+    };
+}
+pub(super) use simd;
+
+/// What [`simd!`] calls.
 #[inline(always)]
-pub(super) fn simd<R>(f: impl FnOnce() -> R) -> R {
+pub(super) fn widest<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
 }
 
@@ -88,10 +100,7 @@ pub(super) fn accumulate_all<F: Real>(sum: &mut [F], parts: &[Vec<F>]) {
     sum.par_chunks_mut(PIECE).enumerate().for_each(|(i, sum)| {
         for part in parts {
             let part = &part[i * PIECE..][..sum.len()];
-            simd(
-                #[inline(always)]
-                || accumulate(sum, part),
-            );
+            simd!(accumulate(sum, part));
         }
     });
 }
@@ -130,9 +139,6 @@ pub(super) fn matmul<F: Real>(
 /// x += y.
 pub(super) fn add<F: Real>(x: &mut Tensor<F>, y: &Tensor<F>) {
     for_pieces(y.shape(), x.data_mut(), |piece, part| {
-        simd(
-            #[inline(always)]
-            || accumulate(part, &y.data()[piece.range.clone()]),
-        )
+        simd!(accumulate(part, &y.data()[piece.range.clone()]));
     });
 }

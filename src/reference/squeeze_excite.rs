@@ -28,24 +28,19 @@ pub fn sum_pixels<F: Real>(y: &Tensor<F>, norm: &Norm<F>, weight: Option<&Tensor
         .map(|piece| {
             let y = &y.data()[piece.range.clone()];
             let weight = weight.map(|w| &w.data()[piece.range]);
-            let sums = simd(
-                #[inline(always)]
-                || {
-                    let mut sum = vec![F::zero(); period];
-                    for (i, y) in y.chunks(period).enumerate() {
-                        let x = y.iter().zip(&scale).zip(&shift).map(|((&y, &a), &b)| (a * y + b).silu());
-                        match weight {
-                            None => sum.iter_mut().zip(x).for_each(|(s, x)| *s += x),
-                            Some(w) => sum
-                                .iter_mut()
-                                .zip(x)
-                                .zip(&w[i * period..])
-                                .for_each(|((s, x), &w)| *s += x * w),
+            let sums = simd!({
+                let mut sum = vec![F::zero(); period];
+                for (i, y) in y.chunks(period).enumerate() {
+                    let x = y.iter().zip(&scale).zip(&shift).map(|((&y, &a), &b)| (a * y + b).silu());
+                    match weight {
+                        None => sum.iter_mut().zip(x).for_each(|(s, x)| *s += x),
+                        Some(w) => {
+                            sum.iter_mut().zip(x).zip(&w[i * period..]).for_each(|((s, x), &w)| *s += x * w);
                         }
                     }
-                    fold(&sum, shape.c)
-                },
-            );
+                }
+                fold(&sum, shape.c)
+            });
             (piece.image, sums)
         })
         .collect();

@@ -56,7 +56,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     for path in &args.images {
         match model.classify(path, args.top) {
             Ok(prediction) if args.json => {
-                let line = serde_json::to_string(&prediction).map_err(|e| Error::file(path, e.to_string()))?;
+                let line =
+                    serde_json::to_string(&prediction).map_err(|e| Error::file(path, e.to_string()))?;
                 say!("{line}")?;
             }
             Ok(prediction) => {

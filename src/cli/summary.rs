@@ -1,11 +1,11 @@
 //! `summary`: an architecture, stage by stage.
 
+use super::output::say;
+use crate::Result;
 use crate::model::{Architecture, StageCount, summarise};
 use crate::nn::BlockKind;
 use crate::report::table::{Column, Table, thousands};
-use crate::Result;
 use crate::train::progressive::check_side;
-use super::output::say;
 
 /// Print what an architecture consists of, stage by stage.
 ///

@@ -76,9 +76,9 @@ impl WeightFile {
             Naming::Torchvision => "classifier.1.bias",
         };
         let tensors = self.tensors()?;
-        let bias = tensors
-            .tensor(name)
-            .map_err(|_| Error::file(&self.path, format!("tensor `{name}` is missing; use a file with a classifier")))?;
+        let bias = tensors.tensor(name).map_err(|_| {
+            Error::file(&self.path, format!("tensor `{name}` is missing; use a file with a classifier"))
+        })?;
         Ok(bias.shape() == [network.spec().classes])
     }
 
@@ -210,7 +210,8 @@ fn write_to(path: &Path, tensors: &[NamedTensor], metadata: HashMap<String, Stri
     });
     // `safetensors::serialize_to_file` would leave a file of a random name behind whenever the process is killed, and
     // one that only its owner may read.
-    let bytes = views.collect::<Result<Vec<_>, _>>().and_then(|views| safetensors::serialize(views, Some(metadata)));
+    let bytes =
+        views.collect::<Result<Vec<_>, _>>().and_then(|views| safetensors::serialize(views, Some(metadata)));
     let mut file = File::create(path)?;
     file.write_all(&bytes.map_err(|error| std::io::Error::other(error.to_string()))?)?;
     file.sync_all()
@@ -227,7 +228,12 @@ mod tests {
         (network, params, stats)
     }
 
-    fn tensors(network: &Network, params: &[f32], stats: &[f32], rename: impl Fn(&str) -> String) -> Vec<NamedTensor> {
+    fn tensors(
+        network: &Network,
+        params: &[f32],
+        stats: &[f32],
+        rename: impl Fn(&str) -> String,
+    ) -> Vec<NamedTensor> {
         let layout = network.layout();
         let mut tensors = named("", &layout.params, params);
         tensors.extend(named("", &layout.stats, stats));
@@ -273,7 +279,10 @@ mod tests {
         load(&network).unwrap();
         let eleven = Network::new(Architecture::find("nano").unwrap().network(11));
         let message = load(&eleven).unwrap_err().to_string();
-        assert!(message.contains("weights.safetensors") && message.contains("classifier.weight"), "{message}");
+        assert!(
+            message.contains("weights.safetensors") && message.contains("classifier.weight"),
+            "{message}"
+        );
         let b0 = Network::new(Architecture::find("b0").unwrap().network(10));
         let message = load(&b0).unwrap_err().to_string();
         assert!(message.contains("another model"), "{message}");

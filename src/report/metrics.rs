@@ -5,8 +5,8 @@
 //! after that checkpoint ([`retain`]), so that the file reads as if the run had never been interrupted.
 
 use crate::{Error, Result};
-use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::Serialize;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -78,7 +78,8 @@ pub fn retain<T: DeserializeOwned>(path: &Path, keep: impl Fn(&T) -> bool) -> Re
     let text = read_if_present(path)?;
     let (mut kept, mut dropped) = (Vec::with_capacity(text.len()), 0);
     for (number, line) in lines(&text) {
-        let record = serde_json::from_slice(line).map_err(|error| broken_line(path, number, &error.to_string()))?;
+        let record =
+            serde_json::from_slice(line).map_err(|error| broken_line(path, number, &error.to_string()))?;
         if keep(&record) {
             kept.extend_from_slice(line);
             kept.push(b'\n');

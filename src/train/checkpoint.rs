@@ -77,7 +77,12 @@ impl<B: Backend> State<B> {
     ///
     /// # Errors
     /// When the backend has no memory for it.
-    pub fn new(backend: &B, config: &TrainConfig, params: Vec<B::Element>, stats: Vec<B::Element>) -> Result<Self> {
+    pub fn new(
+        backend: &B,
+        config: &TrainConfig,
+        params: Vec<B::Element>,
+        stats: Vec<B::Element>,
+    ) -> Result<Self> {
         let slot = |initial: f32| backend.buffer(vec![B::Element::of(initial.into()); params.len()]);
         let slots = config.optimizer.slots().iter().map(|s| slot(s.initial)).collect::<Result<_>>()?;
         let average = Variables {
@@ -158,7 +163,8 @@ impl Checkpoint {
         struct Version {
             format_version: u32,
         }
-        let broken = |e: serde_json::Error| wrong(format!("its description is damaged ({e}); use an intact copy"));
+        let broken =
+            |e: serde_json::Error| wrong(format!("its description is damaged ({e}); use an intact copy"));
         let Version { format_version } = serde_json::from_str(text).map_err(broken)?;
         if format_version > FORMAT_VERSION {
             let problem = format!(
@@ -196,7 +202,12 @@ impl Checkpoint {
     ///
     /// # Errors
     /// When a tensor is missing or does not fit the model.
-    pub fn weights<B: Backend>(&self, backend: &B, network: &Network, set: WeightSet) -> Result<Variables<B>> {
+    pub fn weights<B: Backend>(
+        &self,
+        backend: &B,
+        network: &Network,
+        set: WeightSet,
+    ) -> Result<Variables<B>> {
         let (params, stats) = self.buffers(network.layout(), set)?;
         let grads = backend.buffer(Vec::new())?;
         Ok(Variables { params: backend.buffer(params)?, grads, stats: backend.buffer(stats)? })

@@ -3,7 +3,7 @@
 //! A configuration starts from the recipe of its model ([`TrainConfig::recipe`]); a file and then the flags override it
 //! key by key ([`TrainConfig::merged`]).
 
-use super::progressive::{Interpolation, Progressive, Stage, check_side, Regularisation};
+use super::progressive::{Interpolation, Progressive, Regularisation, Stage, check_side};
 use super::schedule::{Decay, scaled_peak};
 use crate::data::{EvalTransform, MixConfig, Operation, RandAugment, Source, TrainTransform};
 use crate::model::Architecture;
@@ -94,7 +94,8 @@ impl TrainConfig {
             return Ok(Self::small(&architecture.name, data, network));
         }
         let last = architecture.train_size;
-        let (stages, first) = if architecture.name.starts_with("v1") { (1, last) } else { (4, 128.min(last)) };
+        let (stages, first) =
+            if architecture.name.starts_with("v1") { (1, last) } else { (4, 128.min(last)) };
         let (magnitude, mix) = match architecture.name.as_str() {
             "m" => (15.0, 0.2),
             "l" | "xl" => (20.0, 0.5),
@@ -192,7 +193,8 @@ impl TrainConfig {
     /// [`validate`](Self::validate).
     pub fn merged(default_model: &str, default_data: &str, overrides: &[(&str, Table)]) -> Result<Self> {
         let text = |key: &str, default: &str| -> Result<String> {
-            let given = overrides.iter().rev().find_map(|(origin, table)| table.get(key).map(|v| (origin, v)));
+            let given =
+                overrides.iter().rev().find_map(|(origin, table)| table.get(key).map(|v| (origin, v)));
             match given {
                 None => Ok(default.to_owned()),
                 Some((_, toml::Value::String(value))) => Ok(value.clone()),
@@ -213,11 +215,16 @@ impl TrainConfig {
             for (key, value) in table {
                 overlay(&mut merged, &Table::from_iter([(key.clone(), value.clone())]));
                 if let Err(error) = merged.clone().try_into::<Self>() {
-                    return Err(Error::usage(key, value, format!("{}; correct it in {origin}", plain(error.message()))));
+                    return Err(Error::usage(
+                        key,
+                        value,
+                        format!("{}; correct it in {origin}", plain(error.message())),
+                    ));
                 }
             }
         }
-        let mut config: Self = merged.try_into().map_err(|e| Error::usage("configuration", "merged", e.to_string()))?;
+        let mut config: Self =
+            merged.try_into().map_err(|e| Error::usage("configuration", "merged", e.to_string()))?;
         config.model.clone_from(&recipe.model);
         if scales {
             config.learning_rate *= config.batch as f64 / recipe_batch as f64;
@@ -234,7 +241,10 @@ impl TrainConfig {
         text.parse().map_err(|error: toml::de::Error| {
             let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
             let line = before.matches('\n').count() + 1;
-            Error::file(path, format!("line {line} is not valid TOML: {}", error.message().replace('\n', ", ")))
+            Error::file(
+                path,
+                format!("line {line} is not valid TOML: {}", error.message().replace('\n', ", ")),
+            )
         })
     }
 
@@ -243,7 +253,8 @@ impl TrainConfig {
     /// # Errors
     /// Never for values that [`validate`](Self::validate) accepts.
     pub fn to_toml(&self) -> Result<String> {
-        toml::to_string_pretty(self).map_err(|e| Error::Training(format!("cannot express the configuration: {e}")))
+        toml::to_string_pretty(self)
+            .map_err(|e| Error::Training(format!("cannot express the configuration: {e}")))
     }
 
     /// Checks every value that does not depend on the data.
@@ -253,7 +264,9 @@ impl TrainConfig {
     pub fn validate(&self) -> Result<()> {
         Architecture::find(&self.model)?;
         let at_least_one = [("epochs", u64::from(self.epochs)), ("batch", self.batch as u64)];
-        for (key, value) in at_least_one.into_iter().chain([("evaluate_every", u64::from(self.evaluate_every))]) {
+        for (key, value) in
+            at_least_one.into_iter().chain([("evaluate_every", u64::from(self.evaluate_every))])
+        {
             if value == 0 {
                 return Err(Error::usage(key, 0, "must be at least 1"));
             }
@@ -270,8 +283,13 @@ impl TrainConfig {
                 return Err(Error::usage(key, share, "must lie in [0, 1)"));
             }
         }
-        let positive = [("learning_rate", self.learning_rate), ("network.batch_norm.epsilon", self.network.batch_norm.epsilon)];
-        for (key, value) in positive.into_iter().chain(self.max_gradient_norm.map(|v| ("max_gradient_norm", v))) {
+        let positive = [
+            ("learning_rate", self.learning_rate),
+            ("network.batch_norm.epsilon", self.network.batch_norm.epsilon),
+        ];
+        for (key, value) in
+            positive.into_iter().chain(self.max_gradient_norm.map(|v| ("max_gradient_norm", v)))
+        {
             if !(value > 0.0 && value.is_finite()) {
                 return Err(Error::usage(key, value, "must be a positive number"));
             }
@@ -280,11 +298,13 @@ impl TrainConfig {
             return Err(Error::usage("weight_decay", self.weight_decay, "must be a number of at least 0"));
         }
         if self.train_images.mix != MixConfig::default() {
-            let problem = "mixing follows the stages; set progressive.mixup_alpha and progressive.cutmix_alpha";
+            let problem =
+                "mixing follows the stages; set progressive.mixup_alpha and progressive.cutmix_alpha";
             return Err(Error::usage("train_images.mix", format!("{:?}", self.train_images.mix), problem));
         }
         self.optimizer.validate()?;
-        for stage in self.progressive.stages(self.epochs.into())? {
+        // The last stage first: its strengths are those that somebody wrote.
+        for stage in self.progressive.stages(self.epochs.into())?.into_iter().rev() {
             self.images_in(&stage).validate().map_err(of_the_progression)?;
         }
         self.eval_images.validate()
@@ -332,7 +352,12 @@ fn of_the_progression(error: Error) -> Error {
 
 /// What a message of the parser means to someone who writes TOML.
 fn plain(message: &str) -> String {
-    let words = [("usize", "a whole number"), ("u64", "a whole number"), ("u32", "a whole number"), ("f64", "a number")];
+    let words = [
+        ("usize", "a whole number"),
+        ("u64", "a whole number"),
+        ("u32", "a whole number"),
+        ("f64", "a number"),
+    ];
     let spelled = |text: String, (rust, plain): (&str, &str)| {
         text.replace(&format!("expected {rust}"), &format!("expected {plain}"))
     };
@@ -379,7 +404,9 @@ mod tests {
 
     #[test]
     fn later_keys_win_and_tables_merge() {
-        let file = table("model = 's'\nbatch = 64\n[progressive]\nimage_size = [96, 160]\n[optimizer]\nrule = 'sgd'");
+        let file = table(
+            "model = 's'\nbatch = 64\n[progressive]\nimage_size = [96, 160]\n[optimizer]\nrule = 'sgd'",
+        );
         let flags = table("batch = 128");
         let config = TrainConfig::merged("b0", "pictures", &[("run.toml", file), ("flags", flags)]).unwrap();
         assert_eq!((config.model.as_str(), config.data.as_str(), config.batch), ("s", "pictures", 128));
@@ -399,7 +426,10 @@ mod tests {
             ("model = 3", "expected a text"),
             ("[progressive]\nsize = 3", "size"),
             ("batch = 0", "batch = 0"),
-            ("batch = -3", "batch = -3: invalid value: integer `-3`, expected a whole number; correct it in run.toml"),
+            (
+                "batch = -3",
+                "batch = -3: invalid value: integer `-3`, expected a whole number; correct it in run.toml",
+            ),
             ("eval_size = 31", "at least 32"),
             ("[progressive]\nimage_size = [16, 64]", "image_size"),
             ("learning_rate = 0.0", "learning_rate"),

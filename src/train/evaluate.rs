@@ -72,6 +72,7 @@ pub fn evaluate<B: Backend>(
     }
     let images = confusion.total();
     let share = |count: u64| count as f64 / images as f64;
-    let scores = Scores { images, loss: loss / images as f64, top1: share(confusion.correct()), top5: share(top5) };
+    let scores =
+        Scores { images, loss: loss / images as f64, top1: share(confusion.correct()), top5: share(top5) };
     Ok((scores, confusion))
 }

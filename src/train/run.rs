@@ -138,10 +138,8 @@ impl RunFolder {
                 }
             }
         }
-        let mark = |stage: &Stage| Mark {
-            at: stage.range.start as f64,
-            label: format!("{} px", stage.image_size),
-        };
+        let mark =
+            |stage: &Stage| Mark { at: stage.range.start as f64, label: format!("{} px", stage.image_size) };
         let marks = stages.iter().skip(1).map(mark).collect();
         Figure::training(title, "epoch", history, marks).write(&self.file(CURVES))
     }

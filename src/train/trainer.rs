@@ -125,7 +125,12 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// [`Error::Interrupted`] when the observer asked to stop, [`Error::Training`] when loss or gradient is not finite, and
     /// whatever data, backend or disk say. The last checkpoint is good in every case.
-    pub fn run(&mut self, splits: &Splits, folder: &RunFolder, observer: &mut dyn Observer) -> Result<Scores> {
+    pub fn run(
+        &mut self,
+        splits: &Splits,
+        folder: &RunFolder,
+        observer: &mut dyn Observer,
+    ) -> Result<Scores> {
         let plan = self.plan(splits)?;
         let mut metrics = MetricsWriter::append(&folder.file(METRICS))?;
         let mut last = None;
@@ -254,13 +259,20 @@ impl<B: Backend> Trainer<B> {
     }
 
     /// Forward, loss, backward, update, average.
-    fn step(&mut self, batch: &Batch, stage: &Stage, schedule: &Schedule, folder: &RunFolder) -> Result<StepRecord> {
+    fn step(
+        &mut self,
+        batch: &Batch,
+        stage: &Stage,
+        schedule: &Schedule,
+        folder: &RunFolder,
+    ) -> Result<StepRecord> {
         let Self { backend, network, normalisation, description, state } = self;
         let (config, position) = (&description.config, &mut description.position);
         let key = StepKey { seed: config.seed, epoch: batch.epoch, images: batch.indices.clone() };
         backend.begin_step(&key);
         let x = backend.input(&batch.images, batch.size, normalisation, &batch.mix)?;
-        let mut pass = network.forward(backend, x, &mut state.vars, Mode::Train, stage.regularisation.dropout)?;
+        let mut pass =
+            network.forward(backend, x, &mut state.vars, Mode::Train, stage.regularisation.dropout)?;
         let smoothing = config.label_smoothing as f32;
         let targets = batch.mix.soft_targets(&batch.labels, network.spec().classes, smoothing)?;
         let loss = backend.cross_entropy(&mut pass.head, &targets)?;
@@ -276,7 +288,13 @@ impl<B: Backend> Trainer<B> {
         let number = position.step;
         let learning_rate = schedule.learning_rate(number);
         let step = Step { number, learning_rate, weight_decay: config.weight_decay, gradient_scale };
-        backend.update(config.optimizer, &step, &network.layout().decayed(), &mut state.vars, &mut state.slots)?;
+        backend.update(
+            config.optimizer,
+            &step,
+            &network.layout().decayed(),
+            &mut state.vars,
+            &mut state.slots,
+        )?;
         let decay = ema_decay(config.ema_decay, number);
         backend.update_average(&mut state.average.params, &state.vars.params, decay)?;
         backend.update_average(&mut state.average.stats, &state.vars.stats, decay)?;

@@ -32,7 +32,7 @@ use std::time::Instant;
   effnetv2 train --resume runs/b0-photos-1")]
 pub(super) struct Args {
     /// Go on with the run in this folder; its configuration stays.
-    #[arg(long, value_name = "DIR", conflicts_with = "RunFlags")]
+    #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
     #[command(flatten)]
     threads: Threads,
@@ -72,7 +72,12 @@ fn open_data(config: &TrainConfig) -> Result<Splits> {
 }
 
 /// Runs a configuration from its start in the folder `out`, or in a new one named after `name`.
-pub(super) fn start(config: TrainConfig, out: Option<&Path>, name: &str, init: Option<&Path>) -> Result<RunFolder> {
+pub(super) fn start(
+    config: TrainConfig,
+    out: Option<&Path>,
+    name: &str,
+    init: Option<&Path>,
+) -> Result<RunFolder> {
     super::announce_device()?;
     let splits = open_data(&config)?;
     let classes = splits.train.classes().to_vec();

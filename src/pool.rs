@@ -1,6 +1,8 @@
 //! Buffers that go back where they came from. A training step needs the same tensors again and again; fresh memory for
 //! each would be zeroed, and mapped page by page, only to be overwritten.
 
+#![forbid(unsafe_code)]
+
 use std::collections::HashMap;
 use std::fmt::{self, Debug};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -179,7 +179,7 @@ impl<F: Real> Backend for Reference<F> {
         normalisation: &Normalisation,
         mix: &MixPlan,
     ) -> Result<Tensor<F>> {
-        input::forward(images, side, normalisation, mix)
+        Ok(input::forward(images, side, normalisation, mix)?.with_pool(&self.pool))
     }
 
     fn begin_step(&mut self, key: &StepKey) {

@@ -303,7 +303,8 @@ impl TrainConfig {
             return Err(Error::usage("train_images.mix", format!("{:?}", self.train_images.mix), problem));
         }
         self.optimizer.validate()?;
-        for stage in self.progressive.stages(self.epochs.into())? {
+        // The last stage first: its strengths are those that somebody wrote.
+        for stage in self.progressive.stages(self.epochs.into())?.into_iter().rev() {
             self.images_in(&stage).validate().map_err(of_the_progression)?;
         }
         self.eval_images.validate()

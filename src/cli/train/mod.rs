@@ -32,7 +32,7 @@ use std::time::Instant;
   effnetv2 train --resume runs/b0-photos-1")]
 pub(super) struct Args {
     /// Go on with the run in this folder; its configuration stays.
-    #[arg(long, value_name = "DIR", conflicts_with = "RunFlags")]
+    #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
     #[command(flatten)]
     threads: Threads,

@@ -1,0 +1,87 @@
+//! What the tests of the program share: runs small enough for a test, and the program itself.
+
+use effnetv2::data::digits;
+use effnetv2::model::initial_values;
+use effnetv2::nn::Network;
+use effnetv2::reference::Reference;
+use effnetv2::train::TrainConfig;
+use effnetv2::train::checkpoint::{self, Description, FORMAT_VERSION, Position, State};
+use effnetv2::train::run::{CHECKPOINT, RunFolder};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+/// `effnetv2` in `folder`, to be spawned; its output is kept.
+pub(crate) fn program(folder: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_effnetv2"));
+    command.current_dir(folder).args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// How the program ended and what it said.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    /// None when a signal ended it.
+    pub(crate) code: Option<i32>,
+    pub(crate) out: String,
+    pub(crate) err: String,
+}
+
+impl From<Output> for Outcome {
+    fn from(output: Output) -> Self {
+        let text = |bytes| String::from_utf8(bytes).expect("the program writes UTF-8");
+        Self { code: output.status.code(), out: text(output.stdout), err: text(output.stderr) }
+    }
+}
+
+/// Runs `effnetv2` in `folder` to its end; whatever happens it must not panic.
+pub(crate) fn effnetv2(folder: &Path, args: &[&str]) -> Outcome {
+    let outcome = Outcome::from(program(folder, args).output().expect("the program starts"));
+    assert!(!outcome.err.contains("panicked"), "{args:?}: {}", outcome.err);
+    outcome
+}
+
+/// Runs `effnetv2` in `folder`, which must end well; gives its standard output.
+pub(crate) fn succeed(folder: &Path, args: &[&str]) -> String {
+    let outcome = effnetv2(folder, args);
+    assert_eq!(outcome.code, Some(0), "{args:?}: {outcome:?}");
+    outcome.out
+}
+
+/// Writes `text` to `folder/name`.
+pub(crate) fn write(folder: &Path, name: &str, text: &str) {
+    std::fs::write(folder.join(name), text).expect("a file in a temporary folder");
+}
+
+/// `nano` on the digits at 32 pixels, untrained, as a run of two epochs of 11 steps in the folder `path`. `change` may
+/// spoil what the checkpoint says of itself.
+pub(crate) fn untrained(path: &Path, change: impl FnOnce(&mut Description)) -> PathBuf {
+    let mut config = TrainConfig::recipe("nano", "digits").expect("a recipe");
+    (config.epochs, config.batch, config.warmup_epochs) = (2, 128, 1.0);
+    (config.progressive.stages, config.progressive.image_size) = (1, [32, 32]);
+    let classes = digits::open().train.classes().to_vec();
+    let network = Network::new(config.network(classes.len()).expect("a network"));
+    let (params, stats) = initial_values(network.layout(), 0);
+    let state = State::new(&Reference::<f32>::new(), &config, params, stats).expect("a state");
+    let folder = RunFolder::create(path, &config).expect("a new folder");
+    let position = Position::default();
+    let mut description = Description { format_version: FORMAT_VERSION, config, classes, position };
+    change(&mut description);
+    let file = folder.file(CHECKPOINT);
+    checkpoint::write(&file, &Reference::<f32>::new(), network.layout(), &state, &description)
+        .expect("a checkpoint");
+    file
+}
+
+/// Waits until `holds`, at most a minute.
+pub(crate) fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let start = std::time::Instant::now();
+    while !holds() {
+        assert!(start.elapsed().as_secs() < 60, "waited a minute for {what}");
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+}
+
+/// How many whole lines the file has; none when it does not exist.
+pub(crate) fn lines(path: &Path) -> usize {
+    std::fs::read_to_string(path).map_or(0, |text| text.matches('\n').count())
+}

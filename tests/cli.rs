@@ -74,9 +74,9 @@ fn a_wrong_flag_is_named_with_its_value_and_what_would_work() {
         (&["--randaugment", "31"], &["--randaugment = 31", "0 to 30"]),
         (&["--optimizer", "lion"], &["'lion'", "--optimizer", "rmsprop, sgd, adamw"]),
         (&["--threads", "99999"], &["'99999'", "--threads"]),
-        (&["--data", ""], &["--data", "digits"]),
+        (&["--data", ""], &["data = \"\"", "digits"]),
         (&["--modle", "b0"], &["--modle", "--model"]),
-        (&["--resume", "run", "--seed", "3"], &["--resume", "--seed", "cannot be used with"]),
+        (&["--resume", "run", "--seed", "3"], &["cannot be used with '--resume <DIR>'"]),
     ] {
         fail(here, &[&["train", "--out", "never"], args].concat(), 2, says);
     }

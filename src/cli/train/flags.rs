@@ -9,7 +9,7 @@ use toml::{Table, Value};
 
 // No doc comment: clap would take it for the description of the whole command.
 #[derive(Debug, clap::Args)]
-#[group(conflicts_with = "resume")]
+#[command(mut_args(|flag| flag.conflicts_with("resume")))]
 pub(super) struct RunFlags {
     /// A TOML file with keys of config.toml; flags win over it.
     #[arg(long, value_name = "FILE")]

@@ -31,13 +31,14 @@ use std::time::Instant;
   effnetv2 train --config my.toml --seed 3
   effnetv2 train --resume runs/b0-photos-1")]
 pub(super) struct Args {
+    // First, so that what it says of all flags is said of its own.
+    #[command(flatten)]
+    run: RunFlags,
     /// Go on with the run in this folder; its configuration stays.
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
     #[command(flatten)]
     threads: Threads,
-    #[command(flatten)]
-    run: RunFlags,
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {

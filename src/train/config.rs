@@ -185,8 +185,8 @@ impl TrainConfig {
         self.progressive.stages = self.progressive.stages.min(epochs.max(1) as usize);
     }
 
-    /// The recipe of the model that `overrides` name, shortened to their epochs, with the keys they hold, the later ones winning. Without a
-    /// learning rate of theirs the recipe's is scaled to the batch.
+    /// The recipe of the model that `overrides` name, shortened to their epochs, with the keys they hold, the later ones
+    /// winning. Without a learning rate of theirs the recipe's is scaled to the batch.
     ///
     /// # Errors
     /// [`Error::Usage`] for an unknown key or a value of the wrong type. Whether the values work is for

@@ -30,7 +30,7 @@ pub trait Observer {
     fn step(&mut self, _record: &StepRecord) {}
     /// An epoch is done.
     fn epoch(&mut self, _record: &EpochRecord) {}
-    /// Asked after every step: true saves a checkpoint and ends the run.
+    /// Asked after every step and every batch of an evaluation: true saves a checkpoint and ends the run.
     fn should_stop(&self) -> bool {
         false
     }

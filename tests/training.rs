@@ -60,6 +60,8 @@ fn plain(batch: usize, epochs: u32) -> TrainConfig {
     let progressive = &mut config.progressive;
     (progressive.stages, progressive.image_size, progressive.multiple_of) = (1, [32, 32], None);
     (progressive.dropout, progressive.mixup_alpha, progressive.cutmix_alpha) = ([0.0; 2], [0.0; 2], [0.0; 2]);
+    progressive.randaugment = [1.0, 3.0];
+    (config.eval_size, config.label_smoothing) = (32, 0.1);
     config
 }
 

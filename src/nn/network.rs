@@ -10,7 +10,7 @@ use crate::tensor::{Conv, ConvKind};
 /// One block of either kind.
 #[derive(Clone, Debug, PartialEq)]
 enum Block {
-    Fused(FusedMbConv),
+    Fused(Box<FusedMbConv>),
     Mb(Box<MbConv>),
 }
 
@@ -64,9 +64,14 @@ impl Network {
             for (j, block) in stage.blocks.iter().enumerate() {
                 let (name, index) = (format!("blocks.{i}.{j}"), blocks.len());
                 blocks.push(match block.kind {
-                    BlockKind::FusedMbConv => {
-                        Block::Fused(FusedMbConv::new(&name, index, block, padding, &norm, &mut layout))
-                    }
+                    BlockKind::FusedMbConv => Block::Fused(Box::new(FusedMbConv::new(
+                        &name,
+                        index,
+                        block,
+                        padding,
+                        &norm,
+                        &mut layout,
+                    ))),
                     BlockKind::MbConv => {
                         Block::Mb(Box::new(MbConv::new(&name, index, block, padding, &norm, &mut layout)))
                     }

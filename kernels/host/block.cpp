@@ -9,6 +9,8 @@ Status Block::run(const Launch& launch, uint3 index) {
     prepare(launch, index);
     sanitizer::release(&start_tag_);
     schedule();
+    if (failed())
+        for (unsigned rank = 0; rank < size_; ++rank) threads_[rank]->fiber.release_abandoned(&end_tag_);
     sanitizer::acquire(&end_tag_);
     return std::move(failure_);
 }

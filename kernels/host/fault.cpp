@@ -2,7 +2,7 @@
 // so that on its return the fiber continues in `land`, on a clean part of its own stack, and reports the
 // fault like any other failure. Faults outside of kernels go to whoever handled them before.
 //
-// Under AddressSanitizer and ThreadSanitizer nothing is caught: their own reports say more.
+// Sanitizer builds leave faults to the sanitizer (fault_reported.cpp).
 
 #include "fault.hpp"
 
@@ -148,9 +148,5 @@ void catch_faults_of_this_thread() {
 }
 
 } // namespace host
-
-#else
-
-void host::catch_faults_of_this_thread() {}
 
 #endif

@@ -76,6 +76,15 @@ void Fiber::finish() {
     abort(); // a finished fiber is only ever started anew
 }
 
+void Fiber::release_abandoned(void* tag) {
+    if (!sanitizer::thread || !suspended_midway_) return;
+    // To the sanitizer this fiber runs once more, just to say so.
+    void* scheduler = sanitizer::current_fiber();
+    sanitizer::switch_fiber(thread_sanitizer_fiber_);
+    sanitizer::release(tag);
+    sanitizer::switch_fiber(scheduler);
+}
+
 void Fiber::name(const char* text) { sanitizer::name_fiber(thread_sanitizer_fiber_, text); }
 
 void* Fiber::emergency_stack() const {

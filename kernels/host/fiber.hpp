@@ -25,6 +25,9 @@ class Fiber {
     /// Suspends for good after `entry` has done its work: `start` may then begin anew.
     [[noreturn]] void finish();
 
+    /// For ThreadSanitizer: whoever acquires `tag` comes after what this run, which never resumes, has done.
+    void release_abandoned(void* tag);
+
     /// Shown by ThreadSanitizer in its reports.
     void name(const char* text);
 

@@ -76,10 +76,10 @@ Status Memory::release(void* address, MemoryKind kind) {
     std::lock_guard lock(mutex_);
     const auto found = live_.find(reinterpret_cast<uintptr_t>(address));
     if (found == live_.end()) {
-        size_t bytes = 0;
-        if (was_freed(reinterpret_cast<uintptr_t>(address), &bytes))
-            return failure(Code::invalid_value, "the %zu-byte allocation at %p is freed twice", bytes,
-                           address);
+        const Freed* freed = freed_at(reinterpret_cast<uintptr_t>(address));
+        if (freed != nullptr && freed->address == reinterpret_cast<uintptr_t>(address))
+            return failure(Code::invalid_value, "the %zu-byte allocation at %p is freed twice",
+                           freed->allocation.bytes, address);
         return failure(Code::invalid_value, "%p is not the start of an allocation, so it cannot be freed",
                        address);
     }
@@ -121,13 +121,10 @@ Memory::Table::const_iterator Memory::at_or_before(uintptr_t address) const {
     return next == live_.begin() ? live_.end() : std::prev(next);
 }
 
-bool Memory::was_freed(uintptr_t address, size_t* bytes) const {
-    for (auto freed = freed_.rbegin(); freed != freed_.rend(); ++freed) {
-        if (address < freed->address || address >= freed->address + freed->allocation.bytes) continue;
-        *bytes = freed->allocation.bytes;
-        return true;
-    }
-    return false;
+const Memory::Freed* Memory::freed_at(uintptr_t address) const {
+    for (auto freed = freed_.rbegin(); freed != freed_.rend(); ++freed)
+        if (address >= freed->address && address < freed->address + freed->allocation.bytes) return &*freed;
+    return nullptr;
 }
 
 Status Memory::check(const char* what, const void* address, size_t bytes, MemoryKind kind) const {
@@ -151,30 +148,31 @@ Status Memory::check_argument(const void* address) const {
     {
         std::lock_guard lock(mutex_);
         const auto found = at_or_before(begin);
-        if (found != live_.end() && begin - found->first <= found->second.bytes) return success();
+        const size_t offset = found == live_.end() ? 0 : begin - found->first;
+        const bool inside = found != live_.end() && offset < found->second.bytes;
+        const bool just_behind = found != live_.end() && offset == found->second.bytes;
+        if (inside || (just_behind && freed_at(begin) == nullptr)) return success();
     }
     return failure(Code::illegal_address, "%p is %s", address, describe(address).c_str());
 }
 
 std::string Memory::describe(const void* address) const {
+    if (address == nullptr) return "a null pointer";
     std::lock_guard lock(mutex_);
     const auto at = reinterpret_cast<uintptr_t>(address);
-    if (address == nullptr) return "a null pointer";
-    size_t freed_bytes = 0;
     const auto found = at_or_before(at);
-    if (found != live_.end()) {
-        const Allocation& allocation = found->second;
-        const size_t offset = at - found->first;
-        const bool inside = offset < allocation.bytes;
-        // A page behind the end is no longer plausibly an overrun of this allocation.
-        if (inside || offset - allocation.bytes < 2 * page_bytes())
-            return text("%zu bytes %s the %zu-byte %s allocation at %p (allocation %llu)",
-                        inside ? offset : offset - allocation.bytes, inside ? "into" : "past the end of",
-                        allocation.bytes, kind_name(allocation.kind), reinterpret_cast<void*>(found->first),
-                        static_cast<unsigned long long>(allocation.serial));
-    }
-    if (was_freed(at, &freed_bytes)) return text("inside a freed allocation of %zu bytes", freed_bytes);
-    return "in no allocation of this device";
+    const size_t offset = found == live_.end() ? 0 : at - found->first;
+    const bool inside = found != live_.end() && offset < found->second.bytes;
+    const Freed* freed = inside ? nullptr : freed_at(at);
+    if (freed != nullptr) return text("inside a freed allocation of %zu bytes", freed->allocation.bytes);
+    // Two pages behind its end an allocation is no longer a plausible explanation.
+    if (found == live_.end() || (!inside && offset - found->second.bytes >= 2 * page_bytes()))
+        return "in no allocation of this device";
+    const Allocation& allocation = found->second;
+    return text("%zu bytes %s the %zu-byte %s allocation at %p (allocation %llu)",
+                inside ? offset : offset - allocation.bytes, inside ? "into" : "past the end of",
+                allocation.bytes, kind_name(allocation.kind), reinterpret_cast<void*>(found->first),
+                static_cast<unsigned long long>(allocation.serial));
 }
 
 bool Memory::is_pinned(const void* address) const {

@@ -53,16 +53,18 @@ class Memory {
     using Table = std::map<uintptr_t, Allocation>;
 
     Table::const_iterator at_or_before(uintptr_t address) const;
-    bool was_freed(uintptr_t address, size_t* bytes) const;
-    void retire(uintptr_t address, const Allocation& allocation);
-
-    mutable std::mutex mutex_;
-    Table live_;
-    /// The latest freed allocations, whose addresses are not used again while they are listed.
     struct Freed {
         uintptr_t address;
         Allocation allocation;
     };
+    /// The latest freed allocation that `address` was in, or nullptr.
+    const Freed* freed_at(uintptr_t address) const;
+    void retire(uintptr_t address, const Allocation& allocation);
+
+    mutable std::mutex mutex_;
+    Table live_;
+    /// The latest freed allocations. In a plain build their addresses are not used again while they are
+    /// listed.
     std::deque<Freed> freed_;
     size_t device_bytes_ = 0;
     uint64_t serial_ = 0;

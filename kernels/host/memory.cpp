@@ -15,6 +15,8 @@ namespace {
 constexpr int poison = 0xff;
 constexpr size_t alignment = 256;
 constexpr size_t freed_kept = 4096;
+/// Inaccessible addresses behind every allocation: an index that goes astray rarely strays further.
+constexpr size_t guard_bytes = 16 << 20;
 constexpr bool sanitized = sanitizer::address || sanitizer::thread;
 
 size_t page_bytes() {
@@ -26,7 +28,7 @@ size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) /
 
 const char* kind_name(MemoryKind kind) { return kind == MemoryKind::device ? "device" : "pinned host"; }
 
-/// The bytes between the start of the mapping and the allocation, and between its end and the guard page.
+/// The bytes between the start of the mapping and the allocation, and between its end and the guard.
 bool margins_intact(const char* mapping, const char* begin, size_t bytes, const char* guard) {
     for (const char* p = mapping; p < begin; ++p)
         if (static_cast<unsigned char>(*p) != poison) return false;
@@ -52,12 +54,11 @@ Status Memory::allocate(size_t bytes, MemoryKind kind, void** result) {
         if (posix_memalign(&block, alignment, bytes) == 0) begin = static_cast<char*>(block);
     } else {
         const size_t usable = round_up(bytes, page_bytes());
-        allocation.mapping_bytes = usable + page_bytes();
-        void* mapping = mmap(nullptr, allocation.mapping_bytes, PROT_READ | PROT_WRITE,
+        allocation.mapping_bytes = usable + guard_bytes;
+        void* mapping = mmap(nullptr, allocation.mapping_bytes, PROT_NONE,
                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (mapping != MAP_FAILED) {
+        if (mapping != MAP_FAILED && mprotect(mapping, usable, PROT_READ | PROT_WRITE) == 0) {
             allocation.mapping = static_cast<char*>(mapping);
-            mprotect(allocation.mapping + usable, page_bytes(), PROT_NONE);
             memset(allocation.mapping, poison, usable);
             begin = allocation.mapping + usable - round_up(bytes, alignment);
         }
@@ -92,7 +93,7 @@ Status Memory::release(void* address, MemoryKind kind) {
     const char* begin = static_cast<const char*>(address);
     const bool intact =
         sanitized || margins_intact(allocation.mapping, begin, allocation.bytes,
-                                    allocation.mapping + allocation.mapping_bytes - page_bytes());
+                                    allocation.mapping + allocation.mapping_bytes - guard_bytes);
     retire(reinterpret_cast<uintptr_t>(address), allocation);
     if (!intact)
         return failure(
@@ -165,8 +166,8 @@ std::string Memory::describe(const void* address) const {
     const bool inside = found != live_.end() && offset < found->second.bytes;
     const Freed* freed = inside ? nullptr : freed_at(at);
     if (freed != nullptr) return text("inside a freed allocation of %zu bytes", freed->allocation.bytes);
-    // Two pages behind its end an allocation is no longer a plausible explanation.
-    if (found == live_.end() || (!inside && offset - found->second.bytes >= 2 * page_bytes()))
+    // Beyond its guard an allocation is no longer a plausible explanation.
+    if (found == live_.end() || (!inside && offset - found->second.bytes > guard_bytes))
         return "in no allocation of this device";
     const Allocation& allocation = found->second;
     return text("%zu bytes %s the %zu-byte %s allocation at %p (allocation %llu)",

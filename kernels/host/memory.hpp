@@ -1,8 +1,8 @@
 // Device and pinned host memory: every allocation is known, so that copies can be checked and leaks be named.
 //
-// In a plain build an allocation has pages of its own, its end close to an inaccessible one, and freed pages
-// stay inaccessible: a kernel that runs over the end or uses freed memory faults (fault.hpp). In sanitizer
-// builds memory comes from malloc, which AddressSanitizer watches to the byte.
+// In a plain build an allocation has pages of its own, its end close to 16 MB of inaccessible ones, and freed
+// pages stay inaccessible: a kernel that runs over the end or uses freed memory faults (fault.hpp). In
+// sanitizer builds memory comes from malloc, which AddressSanitizer watches to the byte.
 #pragma once
 
 #include <cstddef>

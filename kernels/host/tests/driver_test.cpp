@@ -84,6 +84,7 @@ TEST(driver_leaks_are_named) {
         OK(cuDevicePrimaryCtxRetain(&handle, 0));
         OK(cuCtxSetCurrent(handle));
         OK(cuMemAlloc_v2(&leaked, 1234));
+        fprintf(stderr, "on purpose: ");
         FAILS(cuDevicePrimaryCtxRelease_v2(0), illegal_state, "1 device allocations (1234 bytes) still live",
               "1234 bytes at 0x");
     }

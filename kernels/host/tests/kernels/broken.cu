@@ -115,11 +115,11 @@ template <bool broken> __device__ void misaligned_ldmatrix(const float*, float* 
 }
 
 template <bool broken> __device__ void misaligned_copy(const float* x, float* y, int) {
-    float* buffer = dynamic_shared<float>();
-    cp_async<8>(buffer + 2 * threadIdx.x,
-                x + (broken ? threadIdx.x : threadIdx.x & ~1u)); // bug: misaligned_copy
+    float* buffer = dynamic_shared<float>() + 2 * threadIdx.x;
+    const float* source = x + (broken ? threadIdx.x : threadIdx.x & ~1u);
+    cp_async<8>(buffer, source); // bug: misaligned_copy
     cp_async_wait_all();
-    y[threadIdx.x] = buffer[2 * threadIdx.x];
+    y[threadIdx.x] = *buffer;
 }
 
 /// Reads what an asynchronous copy has yet to bring: a wrapped load says so, a plain one finds NaN.

@@ -107,7 +107,9 @@ fn find_nvcc(searched: &mut Vec<String>) -> Result<Option<PathBuf>, String> {
             false => Err(format!("NVCC = {shown}: there is no such file; correct it or unset it")),
         };
     }
-    searched.push("NVCC (not set)".into());
+    let variables = ["NVCC", "CUDA_HOME", "CUDA_PATH", "VIRTUAL_ENV"];
+    let unset = variables.into_iter().filter(|variable| env::var_os(variable).is_none());
+    searched.extend(unset.map(|variable| format!("{variable}, which is not set")));
     let mut look_in = |from: &str, folder: PathBuf| {
         let path = folder.join(file);
         searched.push(format!("{} ({from})", path.display()));
@@ -152,6 +154,10 @@ fn wheels(environment: &Path) -> Vec<PathBuf> {
         .collect();
     folders.sort();
     folders.reverse();
+    if folders.is_empty() {
+        // Not there, and named among the places searched.
+        folders.push(environment.join("lib/python3/site-packages/nvidia/cu13/bin"));
+    }
     folders
 }
 

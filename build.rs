@@ -140,7 +140,7 @@ fn find_nvcc(searched: &mut Vec<String>) -> Result<Option<PathBuf>, String> {
 /// Where the wheel nvidia-cuda-nvcc puts its programs in a Python environment: by CUDA's major version since 13, under
 /// its own name before.
 fn wheels(environment: &Path) -> Vec<PathBuf> {
-    let Ok(pythons) = fs::read_dir(environment.join("lib")) else { return Vec::new() };
+    let pythons = fs::read_dir(environment.join("lib")).into_iter().flatten();
     let mut folders: Vec<PathBuf> = pythons
         .flatten()
         .filter_map(|python| fs::read_dir(python.path().join("site-packages/nvidia")).ok())

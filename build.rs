@@ -2,7 +2,7 @@
 //!
 //! Only the standard library, no network, and no look at the GPUs of this machine: what is built depends on the sources,
 //! the toolkit and `EFFNETV2_CUDA_ARCHS` alone. Without nvcc the crate still builds, without embedded kernels; then
-//! [`device`](src/device) says so when a GPU is asked for. `embedded.rs` in `OUT_DIR` is what the crate includes; beside
+//! `src/device` says so when a GPU is asked for. `embedded.rs` in `OUT_DIR` is what the crate includes; beside
 //! it `<family>.ptxas` holds the assembler's report (registers, spills) of the very images that are embedded.
 
 use std::collections::BTreeSet;

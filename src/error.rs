@@ -44,12 +44,87 @@ pub enum Error {
         /// The shapes and the rule they break.
         problem: String,
     },
+    /// There is no NVIDIA driver on this machine, or none that can be used.
+    #[error("no NVIDIA driver: {0}; install one (libcuda.so.1 comes with it), or compute on the CPU")]
+    NoDriver(String),
+    /// There is a driver but not the GPU that was asked for.
+    #[error("no GPU {ordinal}: {}", how_many(*.count))]
+    NoGpu {
+        /// The GPU asked for, from 0.
+        ordinal: usize,
+        /// How many the driver shows to this process.
+        count: usize,
+    },
+    /// The driver is too old for the embedded kernels. Versions are (major, minor) of CUDA.
+    #[error(
+        "the NVIDIA driver is of CUDA {}.{}, the embedded kernels need {}.{} or later: update the driver, or build with \
+         an older CUDA toolkit",
+        found.0, found.1, needed.0, needed.1
+    )]
+    OldDriver {
+        /// The newest CUDA that the driver knows.
+        found: (u32, u32),
+        /// What the kernels were built for.
+        needed: (u32, u32),
+    },
+    /// The GPU is older than the kernels can be.
+    #[error("GPU {ordinal} ({name}) has compute capability {}.{}; 8.0 (Ampere) is the least", capability.0, capability.1)]
+    OldGpu {
+        /// The GPU, from 0.
+        ordinal: usize,
+        /// Its name.
+        name: String,
+        /// Its compute capability.
+        capability: (u32, u32),
+    },
+    /// The crate was built without the kernels that this GPU needs.
+    #[error("no GPU kernels for {device}: {problem}")]
+    NoKernels {
+        /// The GPU.
+        device: String,
+        /// Why, and how to build them.
+        problem: String,
+    },
+    /// The driver refused or failed.
+    #[error("cannot {action}: {text} ({name}){remedy}")]
+    Driver {
+        /// What was tried, with sizes: for a launch the kernel, grid, block and shapes.
+        action: String,
+        /// `CUresult`.
+        code: u32,
+        /// The name of that code, `CUDA_ERROR_...`.
+        name: String,
+        /// The driver's words.
+        text: String,
+        /// What to do; begins with a separator, or is empty.
+        remedy: &'static str,
+    },
+    /// The arena cannot hold what a step asks for.
+    #[error(
+        "the arena has {capacity} bytes, {used} in use, and {asked} more are asked for: plan it for this shape"
+    )]
+    ArenaFull {
+        /// Bytes in all.
+        capacity: usize,
+        /// Bytes that live blocks span.
+        used: usize,
+        /// Bytes of the block that does not fit.
+        asked: usize,
+    },
     /// Training cannot go on (the loss is not finite, for one).
     #[error("{0}")]
     Training(String),
     /// The user asked to stop (Ctrl-C); work up to here is saved.
     #[error("{0}")]
     Interrupted(String),
+}
+
+fn how_many(count: usize) -> String {
+    match count {
+        0 => "the driver shows none to this process (is CUDA_VISIBLE_DEVICES empty?)".into(),
+        1 => "there is only GPU 0".into(),
+        _ => format!("there are 0 to {}", count - 1),
+    }
 }
 
 /// A result with this crate's [`enum@Error`].

@@ -47,7 +47,11 @@ pub mod backend;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod data;
+#[cfg(feature = "cuda")]
+pub mod device;
 pub mod error;
+#[cfg(feature = "cuda")]
+pub mod kernels;
 pub mod model;
 pub mod nn;
 pub mod optimizer;

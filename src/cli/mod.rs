@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod demo;
+mod devices;
 mod eval;
 mod inference;
 mod interrupt;
@@ -34,6 +35,8 @@ enum Command {
     Eval(eval::Args),
     Predict(predict::Args),
     Summary(summary::Args),
+    /// Show the NVIDIA driver, the GPUs and the kernels built for them.
+    Devices(devices::Args),
 }
 
 // No doc comment: clap would take it for the description of the whole command.
@@ -63,6 +66,7 @@ pub fn main() -> ExitCode {
         Command::Eval(args) => eval::run(&args),
         Command::Predict(args) => predict::run(&args),
         Command::Summary(args) => summary::run(&args),
+        Command::Devices(args) => devices::run(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

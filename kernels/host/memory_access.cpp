@@ -1,0 +1,26 @@
+#include "memory_access.hpp"
+
+namespace host {
+
+void fail_misaligned(const void* address, size_t alignment, SourceLine at) {
+    fail(Code::misaligned_address, at, "%p is not aligned to the %zu bytes of this access", address,
+         alignment);
+}
+
+void fail_owed(const void* address, size_t bytes, SourceLine at) {
+    Block& block = this_thread().block;
+    const Thread& debtor = block.thread(unsigned(block.shared().debtor(address, bytes)));
+    const AsyncCopy* copy = debtor.copies.find(address, bytes);
+    fail(Code::launch_failed, at,
+         "touches shared memory that the cp.async of thread (%u,%u,%u), %s:%d, is still to fill: a wait for "
+         "its group is "
+         "missing",
+         debtor.index.x, debtor.index.y, debtor.index.z, copy ? copy->at.file : "", copy ? copy->at.line : 0);
+}
+
+void fail_not_shared(const char* instruction, const void* address, size_t bytes, SourceLine at) {
+    fail(Code::invalid_address_space, at, "%s: the %zu bytes at %p are not shared memory of this block",
+         instruction, bytes, address);
+}
+
+} // namespace host

@@ -1,0 +1,63 @@
+// Accesses that are checked: aligned, and not to shared memory that a `cp.async` has yet to fill.
+//
+// Plain C++ loads and stores cannot be checked here; the sanitizers do it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "block.hpp"
+#include "source_line.hpp"
+#include "thread.hpp"
+
+namespace host {
+
+[[noreturn]] void fail_misaligned(const void* address, size_t alignment, SourceLine at);
+[[noreturn]] void fail_owed(const void* address, size_t bytes, SourceLine at);
+[[noreturn]] void fail_not_shared(const char* instruction, const void* address, size_t bytes, SourceLine at);
+
+inline void check_access(const void* address, size_t bytes, size_t alignment, SourceLine at) {
+    if (reinterpret_cast<uintptr_t>(address) % alignment != 0) fail_misaligned(address, alignment, at);
+    if (this_thread().block.shared().debtor(address, bytes) >= 0) fail_owed(address, bytes, at);
+}
+
+inline void check_shared(const char* instruction, const void* address, size_t bytes, SourceLine at) {
+    if (!this_thread().block.shared().contains(address, bytes))
+        fail_not_shared(instruction, address, bytes, at);
+}
+
+template <class T> T load(const T* address, SourceLine at) {
+    check_access(address, sizeof(T), alignof(T), at);
+    return *address;
+}
+
+template <class T> void store(T* address, const T& value, SourceLine at) {
+    check_access(address, sizeof(T), alignof(T), at);
+    *address = value;
+}
+
+} // namespace host
+
+#define HOST_LOAD(name)                                                                                      \
+    template <class T> T name(const T* address, host::SourceLine at = host::SourceLine::here()) {            \
+        return host::load(address, at);                                                                      \
+    }
+
+#define HOST_STORE(name)                                                                                     \
+    template <class T> void name(T* address, T value, host::SourceLine at = host::SourceLine::here()) {      \
+        host::store(address, value, at);                                                                     \
+    }
+
+HOST_LOAD(__ldg)
+HOST_LOAD(__ldca)
+HOST_LOAD(__ldcg)
+HOST_LOAD(__ldcs)
+HOST_LOAD(__ldcv)
+HOST_LOAD(__ldlu)
+HOST_STORE(__stcg)
+HOST_STORE(__stcs)
+HOST_STORE(__stwb)
+HOST_STORE(__stwt)
+
+#undef HOST_LOAD
+#undef HOST_STORE

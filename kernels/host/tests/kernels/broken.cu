@@ -1,0 +1,284 @@
+// Bugs on purpose. Each comes with a right twin that differs in nothing else: broken_<name> must be caught,
+// with the line marked `bug: <name>`, and right_<name> must not be.
+//
+// All take (x, y, n): x and y hold n floats, the block is one of n threads unless a test says otherwise.
+
+#include "../../../include/ptx.cuh"
+#include "../../../include/types.cuh"
+
+#define PAIR(name)                                                                                           \
+    extern "C" __global__ void broken_##name(const float* x, float* y, int n) { name<true>(x, y, n); }       \
+    extern "C" __global__ void right_##name(const float* x, float* y, int n) { name<false>(x, y, n); }       \
+    EFFNETV2_KERNEL(broken_##name)                                                                           \
+    EFFNETV2_KERNEL(right_##name)
+
+namespace {
+
+constexpr unsigned every_lane = 0xffffffffu;
+
+/// Reads what another warp has written to shared memory.
+template <bool broken> __device__ void missing_barrier(const float* x, float* y, int n) {
+    float* buffer = dynamic_shared<float>();
+    buffer[threadIdx.x] = x[threadIdx.x];
+    if (!broken) __syncthreads();
+    y[threadIdx.x] = buffer[n - 1 - threadIdx.x]; // bug: missing_barrier
+}
+
+/// The same within one warp.
+template <bool broken> __device__ void missing_syncwarp(const float* x, float* y, int) {
+    float* buffer = dynamic_shared<float>();
+    buffer[threadIdx.x] = x[threadIdx.x];
+    if (!broken) __syncwarp();
+    y[threadIdx.x] = buffer[threadIdx.x ^ 1]; // bug: missing_syncwarp
+}
+
+/// A buffer is filled again while others still read it.
+template <bool broken> __device__ void missing_second_barrier(const float* x, float* y, int n) {
+    float* buffer = dynamic_shared<float>();
+    float sum = 0;
+    for (int round = 0; round < 2; ++round) {
+        buffer[threadIdx.x] = x[threadIdx.x] + round; // bug: missing_second_barrier
+        __syncthreads();
+        sum += buffer[n - 1 - threadIdx.x];
+        if (!broken) __syncthreads();
+    }
+    y[threadIdx.x] = sum;
+}
+
+/// A barrier in both branches is two barriers.
+template <bool broken> __device__ void divergent_barrier(const float* x, float* y, int) {
+    y[threadIdx.x] = x[threadIdx.x];
+    if (broken && threadIdx.x < 32) {
+        __syncthreads(); // bug: divergent_barrier
+    } else {
+        __syncthreads(); // bug: divergent_barrier
+    }
+}
+
+/// Some threads return before a barrier.
+template <bool broken> __device__ void early_return(const float* x, float* y, int n) {
+    if (broken && threadIdx.x >= unsigned(n) / 2) return;
+    __syncthreads(); // bug: early_return
+    y[threadIdx.x] = x[threadIdx.x];
+}
+
+/// A lane returns, and the others name it in their mask.
+template <bool broken> __device__ void exited_lane(const float* x, float* y, int) {
+    if (broken && threadIdx.x == 31) return;
+    y[threadIdx.x] = __shfl_xor_sync(every_lane, x[threadIdx.x], 1); // bug: exited_lane
+}
+
+/// Half of a warp waits at a barrier, the other half for the first half.
+template <bool broken> __device__ void deadlock(const float* x, float* y, int) {
+    float value = x[threadIdx.x];
+    if (!broken || threadIdx.x % 32 < 16) value += __shfl_xor_sync(every_lane, value, 1); // bug: deadlock
+    __syncthreads();
+    y[threadIdx.x] = value;
+}
+
+/// The mask leaves out a lane that calls.
+template <bool broken> __device__ void mask_without_caller(const float* x, float* y, int) {
+    y[threadIdx.x] =
+        x[threadIdx.x] + __any_sync(broken ? 0x7fffffffu : every_lane, 1); // bug: mask_without_caller
+}
+
+/// A lane reads from one that does not take part.
+template <bool broken> __device__ void reads_outside_mask(const float* x, float* y, int) {
+    const unsigned half = threadIdx.x % 32 < 16 ? 0x0000ffffu : 0xffff0000u;
+    y[threadIdx.x] = __shfl_xor_sync(half, x[threadIdx.x], broken ? 16 : 8); // bug: reads_outside_mask
+}
+
+template <bool broken> __device__ void odd_width(const float* x, float* y, int) {
+    y[threadIdx.x] = __shfl_down_sync(every_lane, x[threadIdx.x], 1, broken ? 12 : 16); // bug: odd_width
+}
+
+/// Two groups of warps disagree about the size of a named barrier.
+template <bool broken> __device__ void barrier_count(const float* x, float* y, int n) {
+    barrier_sync(3, broken && threadIdx.x >= 32 ? unsigned(n) / 2 : unsigned(n)); // bug: barrier_count
+    y[threadIdx.x] = x[threadIdx.x];
+}
+
+template <bool broken> __device__ void misaligned_load(const float* x, float* y, int n) {
+    float values[8] = {};
+    if (threadIdx.x < unsigned(n) / 16)
+        load8(x + 8 * threadIdx.x + (broken ? 1 : 4), values); // bug: misaligned_load
+    y[threadIdx.x] = values[7];
+}
+
+template <bool broken> __device__ void misaligned_ldmatrix(const float*, float* y, int) {
+    uint16_t* tile = dynamic_shared<uint16_t>();
+    for (int i = threadIdx.x; i < 8 * 12; i += blockDim.x) tile[i] = 0;
+    __syncthreads();
+    uint32_t fragment[1];
+    ldmatrix<1>(fragment, tile + (broken ? 12 : 8) * (threadIdx.x % 8)); // bug: misaligned_ldmatrix
+    y[threadIdx.x] = float(fragment[0]);
+}
+
+template <bool broken> __device__ void misaligned_copy(const float* x, float* y, int) {
+    float* buffer = dynamic_shared<float>() + 2 * threadIdx.x;
+    const float* source = x + (broken ? threadIdx.x : threadIdx.x & ~1u);
+    cp_async<8>(buffer, source); // bug: misaligned_copy
+    cp_async_wait_all();
+    y[threadIdx.x] = *buffer;
+}
+
+/// Reads what an asynchronous copy has yet to bring: a wrapped load says so, a plain one finds NaN.
+template <bool broken> __device__ void early_read(const float* x, float* y, int n) {
+    float* buffer = dynamic_shared<float>();
+    if (threadIdx.x < unsigned(n) / 4) cp_async<16>(buffer + 4 * threadIdx.x, x + 4 * threadIdx.x);
+    cp_async_commit_group();
+    if (!broken) cp_async_wait_group<0>();
+    __syncthreads();
+    float values[8] = {};
+    if (threadIdx.x < unsigned(n) / 8) load8(buffer + 8 * threadIdx.x, values); // bug: early_read
+    y[threadIdx.x] = values[0];
+}
+
+template <bool broken> __device__ void early_plain_read(const float* x, float* y, int) {
+    float* buffer = dynamic_shared<float>();
+    cp_async<4>(buffer + threadIdx.x, x + threadIdx.x);
+    cp_async_commit_group();
+    if (!broken) cp_async_wait_group<0>();
+    y[threadIdx.x] = buffer[threadIdx.x]; // bug: early_plain_read
+}
+
+/// A copy into a place that an earlier copy has not reached yet.
+template <bool broken> __device__ void copy_over_copy(const float* x, float* y, int) {
+    float* buffer = dynamic_shared<float>();
+    cp_async<4>(buffer + threadIdx.x, x + threadIdx.x);
+    if (!broken) cp_async_wait_all();
+    cp_async<4>(buffer + threadIdx.x, x + threadIdx.x); // bug: copy_over_copy
+    cp_async_wait_all();
+    y[threadIdx.x] = buffer[threadIdx.x];
+}
+
+template <bool broken> __device__ void copy_to_local(const float* x, float* y, int) {
+    float local = 0;
+    float* buffer = broken ? &local : dynamic_shared<float>() + threadIdx.x;
+    cp_async<4>(buffer, x + threadIdx.x); // bug: copy_to_local
+    cp_async_wait_all();
+    y[threadIdx.x] = *buffer;
+}
+
+/// An mma of a warp that is not whole: for a block of 48 threads.
+template <bool broken> __device__ void partial_warp(const float* x, float* y, int) {
+    float d[4] = {};
+    const uint32_t a[4] = {}, b[2] = {};
+    if (broken || threadIdx.x < 32) mma_m16n8k16<bf16>(d, a, b, d); // bug: partial_warp
+    y[threadIdx.x] = x[threadIdx.x] + d[0];
+}
+
+/// One page behind the end of y.
+template <bool broken> __device__ void far_write(const float* x, float* y, int n) {
+    y[threadIdx.x + (broken ? n : 0)] = x[threadIdx.x]; // bug: far_write
+}
+
+/// One element behind the end of y: within the padding of an allocation.
+template <bool broken> __device__ void near_write(const float* x, float* y, int n) {
+    y[threadIdx.x] = x[threadIdx.x];
+    if (broken && threadIdx.x == 0) y[n] = 1; // bug: near_write
+}
+
+template <bool broken> __device__ void near_read(const float* x, float* y, int) {
+    y[threadIdx.x] = x[threadIdx.x + (broken ? 1 : 0)]; // bug: near_read
+}
+
+/// Past the end of dynamic shared memory.
+template <bool broken> __device__ void shared_overflow(const float* x, float* y, int n) {
+    float* buffer = dynamic_shared<float>();
+    buffer[threadIdx.x + (broken ? n : 0)] = x[threadIdx.x]; // bug: shared_overflow
+    y[threadIdx.x] = x[threadIdx.x];
+}
+
+/// Past the end of an array in static shared memory.
+template <bool broken> __device__ void static_overflow(const float* x, float* y, int n) {
+    __shared__ float buffer[128];
+    for (int i = threadIdx.x; i < 128; i += n) buffer[i] = 0;
+    __syncthreads();
+    y[threadIdx.x] = x[threadIdx.x] + buffer[threadIdx.x + (broken ? 65 : 64)]; // bug: static_overflow
+}
+
+/// Sums shared memory that nobody wrote.
+template <bool broken> __device__ void uninitialised(const float* x, float* y, int) {
+    __shared__ float buffer[1024];
+    if (!broken || threadIdx.x != 5) buffer[threadIdx.x] = x[threadIdx.x];
+    y[threadIdx.x] = buffer[threadIdx.x]; // bug: uninitialised
+}
+
+template <bool broken> __device__ void division_by_zero(const float* x, float* y, int n) {
+    const int divisor = n - (broken ? int(blockDim.x) : 0);
+    y[threadIdx.x] = x[threadIdx.x] + float(int(threadIdx.x) / divisor); // bug: division_by_zero
+}
+
+__device__ __noinline__ int depth(const volatile int* from, int levels) {
+    volatile int frame[1024];
+    frame[levels % 1024] = from[0] + 1;
+    return levels == 0 ? frame[0] : depth(frame + levels % 1024, levels - 1) + frame[levels % 1024];
+}
+
+template <bool broken> __device__ void stack_overflow(const float* x, float* y, int) {
+    volatile int start[1] = {0};
+    y[threadIdx.x] = x[threadIdx.x] + float(depth(start, broken ? 1000 : 4) & 1);
+}
+
+template <bool broken> __device__ void trap(const float* x, float* y, int) {
+    if (broken && threadIdx.x == 7) __trap(); // bug: trap
+    y[threadIdx.x] = x[threadIdx.x];
+}
+
+template <bool broken> __device__ void assertion(const float* x, float* y, int n) {
+    assert(int(threadIdx.x) < n - (broken ? 1 : 0)); // bug: assertion
+    y[threadIdx.x] = x[threadIdx.x];
+}
+
+/// Two blocks write the same place: for a grid of 2 blocks of n / 2 threads.
+template <bool broken> __device__ void race_of_blocks(const float* x, float* y, int n) {
+    const int i = threadIdx.x + (broken ? 0 : blockIdx.x * (n / 2));
+    y[i] = x[i]; // bug: race_of_blocks
+}
+
+/// The last block to arrive sums what all have written: for a grid of 2. y[n - 1] counts arrivals and starts
+/// at 0.
+template <bool broken> __device__ void missing_fence(const float* x, float* y, int n) {
+    unsigned* arrivals = reinterpret_cast<unsigned*>(y + n - 1);
+    if (threadIdx.x != 0) return;
+    y[blockIdx.x] = x[blockIdx.x];
+    if (!broken) __threadfence();
+    if (atomicAdd(arrivals, 1u) + 1 < gridDim.x) return;
+    if (!broken) __threadfence();
+    y[gridDim.x] = y[0] + y[1]; // bug: missing_fence
+}
+
+} // namespace
+
+PAIR(missing_barrier)
+PAIR(missing_syncwarp)
+PAIR(missing_second_barrier)
+PAIR(divergent_barrier)
+PAIR(early_return)
+PAIR(exited_lane)
+PAIR(deadlock)
+PAIR(mask_without_caller)
+PAIR(reads_outside_mask)
+PAIR(odd_width)
+PAIR(barrier_count)
+PAIR(misaligned_load)
+PAIR(misaligned_ldmatrix)
+PAIR(misaligned_copy)
+PAIR(early_read)
+PAIR(early_plain_read)
+PAIR(copy_over_copy)
+PAIR(copy_to_local)
+PAIR(partial_warp)
+PAIR(far_write)
+PAIR(near_write)
+PAIR(near_read)
+PAIR(shared_overflow)
+PAIR(static_overflow)
+PAIR(uninitialised)
+PAIR(division_by_zero)
+PAIR(stack_overflow)
+PAIR(trap)
+PAIR(assertion)
+PAIR(race_of_blocks)
+PAIR(missing_fence)

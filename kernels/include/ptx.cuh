@@ -1,0 +1,10 @@
+// All inline PTX of the project: thin wrappers, each with its body for the GPU and its body for the host
+// device.
+#pragma once
+
+#include "ptx/async_copy.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/math.cuh"
+#include "ptx/matrix.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/mma.cuh"

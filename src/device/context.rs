@@ -1,0 +1,219 @@
+//! A device: its context, its two streams, and the kernels loaded on it.
+
+use super::driver_error::Doing;
+use super::module::{Family, Module};
+use super::probe::{self, Gpu};
+use super::{Element, HostControl, transfer};
+use crate::{Error, Result};
+use cudarc::driver::sys::{CUevent_flags, CUmemPool_attribute};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DriverError, result};
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// A GPU, or the host device, ready to compute. Clones are the same device.
+#[derive(Clone, Debug)]
+pub struct Device(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    gpu: Gpu,
+    is_host: bool,
+    debug: Arc<AtomicBool>,
+    context: Arc<CudaContext>,
+    compute: Arc<CudaStream>,
+    copy: Arc<CudaStream>,
+    modules: Mutex<HashMap<&'static str, Arc<Module>>>,
+}
+
+impl Device {
+    /// The GPU numbered `ordinal`, from 0.
+    ///
+    /// `EFFNETV2_CUDA_DEBUG=1` in the environment is [`set_debugging`](Self::set_debugging) from the start.
+    ///
+    /// # Errors
+    /// [`Error::NoDriver`], [`Error::NoGpu`], [`Error::OldDriver`], [`Error::OldGpu`], or [`Error::Driver`].
+    pub fn cuda(ordinal: usize) -> Result<Self> {
+        Self::open(ordinal, None)
+    }
+
+    /// The host device at `library`, as `kernels/host/build.sh` built it: the same kernels, compiled for the CPU, for
+    /// checking them where there is no GPU. A process that has it cannot use a GPU.
+    ///
+    /// # Errors
+    /// [`Error::Io`] and [`Error::File`] when the library cannot be opened or is none, [`Error::NoDriver`] when this
+    /// process uses another driver already.
+    pub fn host(library: &Path) -> Result<Self> {
+        Self::open(0, Some(library))
+    }
+
+    fn open(ordinal: usize, library: Option<&Path>) -> Result<Self> {
+        let gpu = probe::usable_gpu(ordinal, library)?;
+        let doing = || format!("open GPU {ordinal} ({})", gpu.name);
+        let context = CudaContext::new(ordinal).doing(doing)?;
+        // SAFETY: no slice exists yet, and the work of this crate is on one stream, which others are joined to by
+        // explicit events (the module's essay).
+        unsafe { context.disable_event_tracking() };
+        keep_freed_memory(&context).doing(doing)?;
+        let compute = context.new_stream().doing(doing)?;
+        let copy = context.new_stream().doing(doing)?;
+        let debug = std::env::var("EFFNETV2_CUDA_DEBUG").is_ok_and(|value| !value.is_empty() && value != "0");
+        Ok(Self(Arc::new(Inner {
+            is_host: library.is_some(),
+            debug: Arc::new(debug.into()),
+            gpu,
+            context,
+            compute,
+            copy,
+            modules: Mutex::default(),
+        })))
+    }
+
+    /// What the driver says about it.
+    pub fn gpu(&self) -> &Gpu {
+        &self.0.gpu
+    }
+
+    /// Whether it is the host device.
+    pub fn is_host(&self) -> bool {
+        self.0.is_host
+    }
+
+    /// Whether every launch is waited for, so that an error names the kernel it arose in.
+    pub fn is_debugging(&self) -> bool {
+        self.0.debug.load(Ordering::Relaxed)
+    }
+
+    /// Waits for every launch from now on, or no more.
+    pub fn set_debugging(&self, debugging: bool) {
+        self.0.debug.store(debugging, Ordering::Relaxed);
+    }
+
+    /// The switch, for kernels to look at.
+    pub(super) fn debug(&self) -> &Arc<AtomicBool> {
+        &self.0.debug
+    }
+
+    /// The context, for programs that use cudarc themselves. It does not track the uses of slices.
+    pub fn context(&self) -> &Arc<CudaContext> {
+        &self.0.context
+    }
+
+    /// The stream on which everything is computed.
+    pub fn compute(&self) -> &Arc<CudaStream> {
+        &self.0.compute
+    }
+
+    /// The stream on which input arrives.
+    pub(super) fn copy(&self) -> &Arc<CudaStream> {
+        &self.0.copy
+    }
+
+    /// The kernels of `family`, loaded when first asked for.
+    ///
+    /// # Errors
+    /// [`Error::NoKernels`] when the build has no image for this GPU, [`Error::Driver`] when it cannot be loaded.
+    pub fn module(&self, family: &'static Family) -> Result<Arc<Module>> {
+        let mut modules = self.0.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(module) = modules.get(family.name) {
+            return Ok(module.clone());
+        }
+        let module = Arc::new(Module::load(self, family)?);
+        modules.insert(family.name, module.clone());
+        Ok(module)
+    }
+
+    /// A new buffer holding `values`.
+    ///
+    /// # Errors
+    /// [`Error::Driver`], out of memory for one.
+    pub fn upload<T: Element>(&self, values: &[T]) -> Result<CudaSlice<T>> {
+        // SAFETY: written in full right below.
+        let mut slice = unsafe { self.allocate(values.len()) }?;
+        transfer::write(self.compute(), values, &mut slice)?;
+        Ok(slice)
+    }
+
+    /// A new buffer of `length` zeros.
+    ///
+    /// # Errors
+    /// [`Error::Driver`], out of memory for one.
+    pub fn zeros<T: Element>(&self, length: usize) -> Result<CudaSlice<T>> {
+        // SAFETY: written in full right below.
+        let mut slice = unsafe { self.allocate(length) }?;
+        self.compute()
+            .memset_zeros(&mut slice)
+            .doing(|| format!("clear {} bytes of the GPU's memory", length * size_of::<T>()))?;
+        Ok(slice)
+    }
+
+    /// A new buffer whose contents are whatever was there.
+    ///
+    /// # Safety
+    /// It must be written before it is read.
+    pub(super) unsafe fn allocate<T: Element>(&self, length: usize) -> Result<CudaSlice<T>> {
+        let bytes =
+            length.checked_mul(size_of::<T>()).filter(|&bytes| bytes > 0 && isize::try_from(bytes).is_ok());
+        let Some(bytes) = bytes else {
+            let problem = format!("{length} elements of {} bytes cannot be allocated", size_of::<T>());
+            return Err(Error::Shape { operation: "device memory", problem });
+        };
+        // SAFETY: the caller's promise.
+        unsafe { self.compute().alloc(length) }.doing(|| {
+            let free = self.0.context.mem_get_info().map_or(0, |(free, _)| free);
+            format!("allocate {bytes} bytes on GPU {}, {free} bytes free", self.0.gpu.ordinal)
+        })
+    }
+
+    /// The values of a buffer, once everything before on [`compute`](Self::compute) is done.
+    ///
+    /// # Errors
+    /// [`Error::Driver`], also for what went wrong in the work before.
+    pub fn read<T: Element>(&self, buffer: &impl DevicePtr<T>) -> Result<Vec<T>> {
+        transfer::read(self.compute(), buffer)
+    }
+
+    /// Waits until all that was asked of both streams is done.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] for what went wrong in that work.
+    pub fn synchronize(&self) -> Result<()> {
+        let doing = || "finish the GPU's work".to_owned();
+        self.0.copy.synchronize().doing(doing)?;
+        self.0.compute.synchronize().doing(doing)
+    }
+
+    /// How long the GPU takes for `work` on [`compute`](Self::compute), by its own clock.
+    ///
+    /// # Errors
+    /// Those of `work`, and [`Error::Driver`].
+    pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
+        let doing = || "time the GPU's work".to_owned();
+        let mark = || self.compute().record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).doing(doing);
+        let start = mark()?;
+        work()?;
+        let milliseconds = start.elapsed_ms(&mark()?).doing(doing)?;
+        Ok(Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) / 1e3))
+    }
+
+    /// What steers the host device; none on a GPU.
+    pub fn host_control(&self) -> Option<HostControl> {
+        self.is_host().then(HostControl::new)
+    }
+}
+
+/// By default freed memory goes back to the system whenever the GPU is waited for, and comes back slowly.
+fn keep_freed_memory(context: &Arc<CudaContext>) -> Result<(), DriverError> {
+    if !context.has_async_alloc() {
+        return Ok(());
+    }
+    let mut threshold = u64::MAX;
+    // SAFETY: the device is the context's, the pool the device's, and this attribute is a u64.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(context.cu_device())?;
+        let value = (&raw mut threshold).cast();
+        result::mem_pool::set_attribute(pool, CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, value)
+    }
+}

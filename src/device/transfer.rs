@@ -1,0 +1,35 @@
+//! Copies between the program's memory and the device's.
+
+use super::Element;
+use super::driver_error::Doing;
+use crate::{Error, Result};
+use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut};
+use std::sync::Arc;
+
+/// Copies `values` to a buffer of the same length, in the order of `stream`.
+///
+/// # Errors
+/// [`Error::Shape`] when the lengths differ, [`Error::Driver`].
+pub fn write<T: Element>(
+    stream: &Arc<CudaStream>,
+    values: &[T],
+    to: &mut impl DevicePtrMut<T>,
+) -> Result<()> {
+    if values.len() != to.len() {
+        let problem = format!("{} elements cannot be copied to {}", values.len(), to.len());
+        return Err(Error::Shape { operation: "copy to the GPU", problem });
+    }
+    stream.memcpy_htod(values, to).doing(|| format!("copy {} bytes to the GPU", size_of_val(values)))
+}
+
+/// The values of a buffer, once everything before on `stream` is done.
+///
+/// # Errors
+/// [`Error::Driver`], also for what went wrong in the work before.
+pub fn read<T: Element>(stream: &Arc<CudaStream>, from: &impl DevicePtr<T>) -> Result<Vec<T>> {
+    let doing = || format!("read {} bytes from the GPU", from.num_bytes());
+    let mut values = vec![T::default(); from.len()];
+    stream.memcpy_dtoh(from, &mut values).doing(doing)?;
+    stream.synchronize().doing(doing)?;
+    Ok(values)
+}

@@ -1,0 +1,13 @@
+//! The safe wrapper of each `kernels/*.cu`.
+//!
+//! A wrapper is a plan: made once for shapes and a device, it checks what can be checked beforehand and holds its kernels;
+//! each of its operations checks its buffers and launches. Buffers are plain cudarc views, so a program that knows
+//! nothing of this crate's tensors can use it. The streams are the caller's, too, as long as they are of the plan's GPU.
+//! Wrong lengths, overlaps, misalignment and foreign devices are errors before anything is launched.
+
+pub mod optimizer;
+
+use crate::device::Family;
+
+/// Every family there is. build.rs watches this file: a new `kernels/*.cu` is compiled when it is listed here.
+pub const FAMILIES: &[&Family] = &[&optimizer::FAMILY];

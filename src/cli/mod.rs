@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod demo;
+mod devices;
 mod eval;
 mod interrupt;
 mod predict;
@@ -37,6 +38,8 @@ enum Command {
     Predict(predict::Args),
     /// Print what an architecture consists of, stage by stage.
     Summary(summary::Args),
+    /// Show the NVIDIA driver, the GPUs and the kernels built for them.
+    Devices(devices::Args),
 }
 
 /// Which weights of a checkpoint to use.
@@ -66,6 +69,7 @@ pub fn main() -> ExitCode {
         Command::Eval(args) => eval::run(&args),
         Command::Predict(args) => predict::run(&args),
         Command::Summary(args) => summary::run(&args),
+        Command::Devices(args) => devices::run(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -3,12 +3,13 @@
 use super::driver_error::Doing;
 use super::module::{Family, Module};
 use super::probe::{self, Gpu};
-use super::{Element, HostKernel, host, transfer};
+use super::{Element, HostControl, transfer};
 use crate::{Error, Result};
 use cudarc::driver::sys::{CUevent_flags, CUmemPool_attribute};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DriverError, result};
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ pub struct Device(Arc<Inner>);
 struct Inner {
     gpu: Gpu,
     is_host: bool,
-    debug: bool,
+    debug: Arc<AtomicBool>,
     context: Arc<CudaContext>,
     compute: Arc<CudaStream>,
     copy: Arc<CudaStream>,
@@ -30,8 +31,7 @@ struct Inner {
 impl Device {
     /// The GPU numbered `ordinal`, from 0.
     ///
-    /// With `EFFNETV2_CUDA_DEBUG=1` in the environment every launch is waited for, so that an error names the kernel it
-    /// arose in; slow.
+    /// `EFFNETV2_CUDA_DEBUG=1` in the environment is [`set_debugging`](Self::set_debugging) from the start.
     ///
     /// # Errors
     /// [`Error::NoDriver`], [`Error::NoGpu`], [`Error::OldDriver`], [`Error::OldGpu`], or [`Error::Driver`].
@@ -59,9 +59,10 @@ impl Device {
         keep_freed_memory(&context).doing(doing)?;
         let compute = context.new_stream().doing(doing)?;
         let copy = context.new_stream().doing(doing)?;
+        let debug = std::env::var("EFFNETV2_CUDA_DEBUG").is_ok_and(|value| !value.is_empty() && value != "0");
         Ok(Self(Arc::new(Inner {
             is_host: library.is_some(),
-            debug: std::env::var("EFFNETV2_CUDA_DEBUG").is_ok_and(|value| !value.is_empty() && value != "0"),
+            debug: Arc::new(debug.into()),
             gpu,
             context,
             compute,
@@ -80,9 +81,19 @@ impl Device {
         self.0.is_host
     }
 
-    /// Whether every launch is waited for.
+    /// Whether every launch is waited for, so that an error names the kernel it arose in.
     pub fn is_debugging(&self) -> bool {
-        self.0.debug
+        self.0.debug.load(Ordering::Relaxed)
+    }
+
+    /// Waits for every launch from now on, or no more.
+    pub fn set_debugging(&self, debugging: bool) {
+        self.0.debug.store(debugging, Ordering::Relaxed);
+    }
+
+    /// The switch, for kernels to look at.
+    pub(super) fn debug(&self) -> &Arc<AtomicBool> {
+        &self.0.debug
     }
 
     /// The context, for programs that use cudarc themselves. It does not track the uses of slices.
@@ -187,9 +198,9 @@ impl Device {
         Ok(Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) / 1e3))
     }
 
-    /// The kernels that the host device holds; none on a GPU, whose images cannot be asked.
-    pub fn host_kernels(&self) -> Option<Vec<HostKernel>> {
-        if self.is_host() { host::kernels() } else { None }
+    /// What steers the host device; none on a GPU.
+    pub fn host_control(&self) -> Option<HostControl> {
+        self.is_host().then(HostControl::new)
     }
 }
 

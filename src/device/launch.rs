@@ -12,6 +12,7 @@ use cudarc::driver::{
 };
 use std::fmt::{self, Debug, Display, Formatter};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// A value passed to a kernel.
 pub trait Argument: DeviceRepr {
@@ -129,7 +130,8 @@ impl<'a> Launch<'a> {
         };
         // SAFETY: the arguments are of the kernel's types; the rest is the caller's promise.
         let launched = unsafe { self.arguments.launch(configuration) };
-        let finished = launched.and_then(|_| if kernel.debug { finish(stream) } else { Ok(()) });
+        let finished =
+            launched.and_then(|_| if kernel.debug.load(Ordering::Relaxed) { finish(stream) } else { Ok(()) });
         finished.map_err(|error| {
             let [x, y, z] = grid;
             let (name, threads) = (kernel.entry.name, kernel.entry.threads);

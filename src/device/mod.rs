@@ -31,7 +31,7 @@ pub use arena::{Arena, Block, Layout};
 pub use context::Device;
 pub use cudarc;
 pub use graph::Graph;
-pub use host::HostKernel;
+pub use host::{HostControl, HostKernel};
 pub use images::{Image, embedded_images, toolkit};
 pub use launch::{Argument, Launch};
 pub use module::{Entry, Family, Kernel, Module, Resources};

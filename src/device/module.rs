@@ -10,6 +10,7 @@ use cudarc::driver::sys::CUfunction_attribute;
 use cudarc::driver::{CudaContext, CudaFunction};
 use cudarc::nvrtc::Ptx;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// The kernels of one `kernels/*.cu`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +45,7 @@ pub struct Module {
 pub struct Kernel {
     pub(super) entry: &'static Entry,
     pub(super) function: CudaFunction,
-    pub(super) debug: bool,
+    pub(super) debug: Arc<AtomicBool>,
     context: Arc<CudaContext>,
 }
 
@@ -75,7 +76,7 @@ impl Module {
             let function = module
                 .load_function(entry.name)
                 .doing(|| format!("find the kernel `{}` of kernels/{}.cu", entry.name, family.name))?;
-            Ok(Kernel { entry, function, debug: device.is_debugging(), context: device.context().clone() })
+            Ok(Kernel { entry, function, debug: device.debug().clone(), context: device.context().clone() })
         };
         // Loading a module has bound the context to this thread, which looking up functions relies on.
         Ok(Self { family, kernels: family.kernels.iter().map(load).collect::<Result<_>>()? })

@@ -7,7 +7,7 @@
 use super::driver_error::Doing;
 use super::{Device, Element};
 use crate::{Error, Result};
-use cudarc::driver::{CudaEvent, CudaSlice, CudaViewMut, DeviceSlice, DriverError, PinnedHostSlice};
+use cudarc::driver::{CudaEvent, CudaSlice, CudaViewMut, DriverError, PinnedHostSlice};
 
 /// Buffers for batches of a fixed number of elements.
 #[derive(Debug)]

@@ -26,7 +26,7 @@
 //! # }
 //! ```
 
-use crate::device::cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceSlice};
+use crate::device::cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
 use crate::device::{self, Device, Element, Entry, Family, Kernel, Launch, Module, Operands};
 use crate::optimizer::{Rule, Step};
 use crate::tensor::MAX_ELEMENTS;

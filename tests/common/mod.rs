@@ -1,0 +1,98 @@
+//! Where device tests run: on the host device, and once more on a GPU if there is one.
+//!
+//! A process has one driver, so the GPU gets a process of its own: [`again_on_a_gpu`] starts the test program again with
+//! `EFFNETV2_TEST_DEVICE=cuda`. What cannot run says so in one line on standard error, past the test harness, which would
+//! swallow it. `EFFNETV2_HOST_DEVICE` names a host device that is built already; `EFFNETV2_REQUIRE_GPU=1` makes a
+//! missing GPU a failure.
+
+use effnetv2::Error;
+use effnetv2::device::Device;
+use std::env;
+use std::fs::{self, File};
+use std::io::{Write, stderr};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// The device to test on; none, with a line that says why, where there is none.
+pub fn device() -> Option<Device> {
+    if on_gpu() {
+        return gpu();
+    }
+    let library = host_library()?;
+    Some(Device::host(library).unwrap())
+}
+
+fn on_gpu() -> bool {
+    env::var("EFFNETV2_TEST_DEVICE").is_ok_and(|device| device == "cuda")
+}
+
+fn gpu() -> Option<Device> {
+    match Device::cuda(0) {
+        Ok(device) => Some(device),
+        Err(
+            error @ (Error::NoDriver(_)
+            | Error::NoGpu { .. }
+            | Error::NoKernels { .. }
+            | Error::OldDriver { .. }
+            | Error::OldGpu { .. }),
+        ) if env::var_os("EFFNETV2_REQUIRE_GPU").is_none() => {
+            not_run(&error.to_string());
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// The library of the host device, built when first asked for.
+pub fn host_library() -> Option<&'static Path> {
+    static LIBRARY: OnceLock<Option<PathBuf>> = OnceLock::new();
+    LIBRARY.get_or_init(build_host_device).as_deref()
+}
+
+fn build_host_device() -> Option<PathBuf> {
+    if let Some(path) = env::var_os("EFFNETV2_HOST_DEVICE") {
+        return Some(path.into());
+    }
+    let compiler = env::var_os("CXX").unwrap_or_else(|| "c++".into());
+    if !cfg!(target_os = "linux") || Command::new(&compiler).arg("--version").output().is_err() {
+        not_run("the host device needs Linux and a C++ compiler (CXX, or c++ on the PATH)");
+        return None;
+    }
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("host-device");
+    fs::create_dir_all(&folder).unwrap();
+    // Other test programs may be about to build it, too.
+    let lock = File::create(folder.join("lock")).unwrap();
+    lock.lock().unwrap();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/host/build.sh");
+    let output = Command::new(script).arg("--out").arg(&folder).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Some(folder.join("libcuda.so.1"))
+}
+
+/// Runs every other test of this program on a GPU.
+#[allow(dead_code, reason = "not every test program has tests for a GPU")]
+pub fn again_on_a_gpu(this_test: &str) {
+    if on_gpu() {
+        return;
+    }
+    let mut program = Command::new(env::current_exe().unwrap());
+    program.args(["--test-threads=1", "--skip", this_test]).env("EFFNETV2_TEST_DEVICE", "cuda");
+    let output = program.output().unwrap();
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "on the GPU:\n{out}\n{err}");
+    match err.lines().find_map(|line| line.strip_prefix("not run: ")) {
+        Some(reason) => not_run(&format!("{} on a GPU: {reason}", env!("CARGO_CRATE_NAME"))),
+        None => say(&format!("{}: all tests passed on a GPU, too", env!("CARGO_CRATE_NAME"))),
+    }
+}
+
+/// Says why a test did not run.
+pub fn not_run(reason: &str) {
+    say(&format!("not run: {reason}"));
+}
+
+/// A line past the test harness.
+pub fn say(line: &str) {
+    writeln!(stderr(), "{line}").unwrap();
+}

@@ -2,7 +2,7 @@
 //!
 //! Only the standard library, no network, and no look at the GPUs of this machine: what is built depends on the sources,
 //! the toolkit and `EFFNETV2_CUDA_ARCHS` alone. Without nvcc the crate still builds, without embedded kernels; then
-//! [`device`](src/device) says so when a GPU is asked for. `embedded.rs` in `OUT_DIR` is what the crate includes; beside
+//! `src/device` says so when a GPU is asked for. `embedded.rs` in `OUT_DIR` is what the crate includes; beside
 //! it `<family>.ptxas` holds the assembler's report (registers, spills) of the very images that are embedded.
 
 use std::collections::BTreeSet;
@@ -107,7 +107,9 @@ fn find_nvcc(searched: &mut Vec<String>) -> Result<Option<PathBuf>, String> {
             false => Err(format!("NVCC = {shown}: there is no such file; correct it or unset it")),
         };
     }
-    searched.push("NVCC (not set)".into());
+    let variables = ["NVCC", "CUDA_HOME", "CUDA_PATH", "VIRTUAL_ENV"];
+    let unset = variables.into_iter().filter(|variable| env::var_os(variable).is_none());
+    searched.extend(unset.map(|variable| format!("{variable}, which is not set")));
     let mut look_in = |from: &str, folder: PathBuf| {
         let path = folder.join(file);
         searched.push(format!("{} ({from})", path.display()));
@@ -138,7 +140,7 @@ fn find_nvcc(searched: &mut Vec<String>) -> Result<Option<PathBuf>, String> {
 /// Where the wheel nvidia-cuda-nvcc puts its programs in a Python environment: by CUDA's major version since 13, under
 /// its own name before.
 fn wheels(environment: &Path) -> Vec<PathBuf> {
-    let Ok(pythons) = fs::read_dir(environment.join("lib")) else { return Vec::new() };
+    let pythons = fs::read_dir(environment.join("lib")).into_iter().flatten();
     let mut folders: Vec<PathBuf> = pythons
         .flatten()
         .filter_map(|python| fs::read_dir(python.path().join("site-packages/nvidia")).ok())
@@ -152,6 +154,10 @@ fn wheels(environment: &Path) -> Vec<PathBuf> {
         .collect();
     folders.sort();
     folders.reverse();
+    if folders.is_empty() {
+        // Not there, and named among the places searched.
+        folders.push(environment.join("lib/python3/site-packages/nvidia/cu13/bin"));
+    }
     folders
 }
 

@@ -31,6 +31,9 @@
 namespace {
 
 constexpr unsigned threads = 256, packs = 2, width = 4;
+/// Blocks of an update on a multiprocessor, 64 registers a thread. Left alone, the compiler spills for one
+/// block more.
+constexpr unsigned resident = 4;
 /// Elements of a block: thread t has elements 4 t .. 4 t + 3 of each of its packs, so that a warp's access is
 /// 512 bytes in a row.
 constexpr unsigned tile = threads * packs * width;
@@ -210,7 +213,7 @@ template <class T> __device__ __forceinline__ void cast(const float* from, T* to
 // The rules with each type of working copy; `_f32` has none, the parameters themselves are what the
 // convolutions read.
 #define EFFNETV2_RULES(suffix, Copy)                                                                         \
-    extern "C" __global__ void __launch_bounds__(threads) optimizer_rmsprop_##suffix(                        \
+    extern "C" __global__ void __launch_bounds__(threads, resident) optimizer_rmsprop_##suffix(              \
         float* parameters, const float* gradients, float* mean_square, float* velocity, float* average,      \
         Copy* copy, const unsigned char* decay_bits, const Step* step, unsigned n, float keep, float add,    \
         float momentum, float epsilon) {                                                                     \
@@ -218,13 +221,13 @@ template <class T> __device__ __forceinline__ void cast(const float* from, T* to
                Buffers<Copy>{parameters, gradients, mean_square, velocity, average, copy, decay_bits, n},    \
                step);                                                                                        \
     }                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(threads) optimizer_sgd_##suffix(                            \
+    extern "C" __global__ void __launch_bounds__(threads, resident) optimizer_sgd_##suffix(                  \
         float* parameters, const float* gradients, float* velocity, float* average, Copy* copy,              \
         const unsigned char* decay_bits, const Step* step, unsigned n, float momentum, int nesterov) {       \
         update(Sgd{momentum, nesterov != 0},                                                                 \
                Buffers<Copy>{parameters, gradients, velocity, nullptr, average, copy, decay_bits, n}, step); \
     }                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(threads) optimizer_adamw_##suffix(                          \
+    extern "C" __global__ void __launch_bounds__(threads, resident) optimizer_adamw_##suffix(                \
         float* parameters, const float* gradients, float* first, float* second, float* average, Copy* copy,  \
         const unsigned char* decay_bits, const Step* step, unsigned n, float keep1, float add1, float keep2, \
         float add2, float epsilon) {                                                                         \

@@ -12,6 +12,7 @@ use effnetv2::kernels::optimizer::{Buffers, FAMILY, Optimizer, Scalars, WorkingC
 use effnetv2::optimizer::{Rule, Step};
 use std::path::Path;
 use std::process::Command;
+use std::slice;
 
 fn address(device: &Device, block: &Block<f32>) -> u64 {
     block.view().device_ptr(device.compute()).0
@@ -104,7 +105,7 @@ struct State {
 const PARAMETERS: usize = 5000;
 
 fn state(device: &Device) -> State {
-    let plan = Optimizer::plan(device, Rule::PAPER, PARAMETERS, &[10..4000]).unwrap();
+    let plan = Optimizer::plan(device, Rule::PAPER, PARAMETERS, slice::from_ref(&(10..4000))).unwrap();
     State {
         device: device.clone(),
         parameters: device.upload(&vec![1.0; PARAMETERS]).unwrap(),

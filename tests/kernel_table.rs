@@ -168,7 +168,7 @@ fn as_in_ptx(signature: &str) -> String {
         'C' => 'c',
         c => c,
     };
-    signature.chars().map(code).collect::<String>().replace('h', "{2:2}").replace('b', "{2:2}")
+    signature.chars().map(code).collect::<String>().replace(['h', 'b'], "{2:2}")
 }
 
 #[test]

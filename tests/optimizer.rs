@@ -15,6 +15,7 @@ use effnetv2::reference::optimizer as reference;
 use half::{bf16, f16};
 use proptest::prelude::*;
 use std::ops::Range;
+use std::slice;
 
 const SGD: Rule = Rule::Sgd { momentum: 0.9, nesterov: false };
 const RULES: [Rule; 4] = [
@@ -297,7 +298,15 @@ fn results_repeat_bit_for_bit() {
             .map(|rule| {
                 let before = random_state(rule, n, true, &mut Stream::new(6, 0, 0, Purpose::Init));
                 let scalars = Scalars { ema_decay: 0.9, ..Scalars::plain(STEP) };
-                step_on_device(&device, rule, &scalars, &[7..n / 2], &before, &gradients, CopyKind::Bf16)
+                step_on_device(
+                    &device,
+                    rule,
+                    &scalars,
+                    slice::from_ref(&(7..n / 2)),
+                    &before,
+                    &gradients,
+                    CopyKind::Bf16,
+                )
             })
             .into();
         (states, norm(&device, &gradients).to_bits())
@@ -371,7 +380,7 @@ fn a_step_with_a_bad_gradient_changes_nothing() {
         let mut gradients = vec![1.0_f32; n];
         gradients[2999] = bad;
         let gradients = device.upload(&gradients).unwrap();
-        let mut plan = Optimizer::plan(&device, SGD, n, &[0..n]).unwrap();
+        let mut plan = Optimizer::plan(&device, SGD, n, slice::from_ref(&(0..n))).unwrap();
         let mut buffers: [CudaSlice<f32>; 3] =
             std::array::from_fn(|i| device.upload(&vec![i as f32; n]).unwrap());
         plan.begin_step(stream, &Scalars { max_norm: Some(1.0), ..Scalars::plain(STEP) }).unwrap();
@@ -453,7 +462,7 @@ fn plans_that_cannot_be_are_refused() {
     let message = |result: Result<(), String>| result.unwrap_err();
     assert!(message(plan(Rule::PAPER, 0, &[])).contains("0 parameters"));
     assert!(message(plan(Rule::PAPER, 1 << 31, &[])).contains("2147483648 parameters; 1 to 2147483647"));
-    assert!(message(plan(Rule::PAPER, 8, std::slice::from_ref(&(4..9)))).contains("4..9"));
+    assert!(message(plan(Rule::PAPER, 8, slice::from_ref(&(4..9)))).contains("4..9"));
     assert!(message(plan(Rule::PAPER, 8, &[4..8, 0..4])).contains("0..4"));
     assert!(message(plan(Rule::PAPER, 8, &[0..5, 4..8])).contains("4..8"));
     let bad = Rule::Sgd { momentum: 1.0, nesterov: false };
@@ -521,7 +530,9 @@ fn overlapping_buffers_are_refused() {
             copy: WorkingCopy::None,
         };
         let result = plan.update(stream, update);
-        [w, g, slot].map(CudaSlice::leak);
+        for slice in [w, g, slot] {
+            slice.leak();
+        }
         result.map_err(|error| error.to_string())
     };
     let overlap = |result: Result<(), String>, names: &str| {

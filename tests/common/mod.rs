@@ -15,7 +15,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 /// The device to test on; none, with a line that says why, where there is none.
-pub fn device() -> Option<Device> {
+pub(crate) fn device() -> Option<Device> {
     if on_gpu() {
         return gpu();
     }
@@ -45,7 +45,7 @@ fn gpu() -> Option<Device> {
 }
 
 /// The library of the host device, built when first asked for.
-pub fn host_library() -> Option<&'static Path> {
+pub(crate) fn host_library() -> Option<&'static Path> {
     static LIBRARY: OnceLock<Option<PathBuf>> = OnceLock::new();
     LIBRARY.get_or_init(build_host_device).as_deref()
 }
@@ -72,7 +72,7 @@ fn build_host_device() -> Option<PathBuf> {
 
 /// Runs every other test of this program on a GPU.
 #[allow(dead_code, reason = "not every test program has tests for a GPU")]
-pub fn again_on_a_gpu(this_test: &str) {
+pub(crate) fn again_on_a_gpu(this_test: &str) {
     if on_gpu() {
         return;
     }
@@ -88,11 +88,11 @@ pub fn again_on_a_gpu(this_test: &str) {
 }
 
 /// Says why a test did not run.
-pub fn not_run(reason: &str) {
+pub(crate) fn not_run(reason: &str) {
     say(&format!("not run: {reason}"));
 }
 
 /// A line past the test harness.
-pub fn say(line: &str) {
-    writeln!(stderr(), "{line}").unwrap();
+pub(crate) fn say(line: &str) {
+    stderr().write_all(format!("{line}\n").as_bytes()).unwrap();
 }

@@ -24,7 +24,14 @@ fn key(n: usize, seed: u64) -> StepKey {
 }
 
 /// A head that has begun a step.
-fn head<T: Sample>(device: &Device, shape: Shape, classes: usize, rate: f64, key: &StepKey, scale: f64) -> Head<T> {
+fn head<T: Sample>(
+    device: &Device,
+    shape: Shape,
+    classes: usize,
+    rate: f64,
+    key: &StepKey,
+    scale: f64,
+) -> Head<T> {
     let mut head = Head::plan(device, shape, classes, rate).unwrap();
     head.begin_step(device.compute(), key, scale).unwrap();
     head
@@ -122,10 +129,16 @@ fn check_pool_backward<T: Sample>(device: &Device, shape: Shape, rate: f64, seed
     for (i, (actual, &expected)) in dz.iter().zip(expected.data()).enumerate() {
         // As for the pool, times |z|, which the derivative multiplies the sigmoid with.
         let exact = 8.0 * EPSILON * magnitude(i) * arriving[of_image(i)].abs();
-        close(actual.wide(), expected, exact + T::UNIT * expected.abs() + T::TINY, format_args!("{shape}, dz {i}"));
+        close(
+            actual.wide(),
+            expected,
+            exact + T::UNIT * expected.abs() + T::TINY,
+            format_args!("{shape}, dz {i}"),
+        );
         bound[of_image(i)] += exact;
-        bound_x[of_image(i)] +=
-            exact * (raw.y[i].wide().abs() + f64::from(raw.mean[i % shape.c]).abs()) * f64::from(raw.rstd[i % shape.c]);
+        bound_x[of_image(i)] += exact
+            * (raw.y[i].wide().abs() + f64::from(raw.mean[i % shape.c]).abs())
+            * f64::from(raw.rstd[i % shape.c]);
     }
     let expected_sums = [
         squeeze_excite::sum_pixels(&expected, None),
@@ -141,7 +154,14 @@ fn check_pool_backward<T: Sample>(device: &Device, shape: Shape, rate: f64, seed
     }
 }
 
-fn check_cross_entropy<T: Sample>(device: &Device, n: usize, classes: usize, spread: f64, scale: f64, seed: u64) {
+fn check_cross_entropy<T: Sample>(
+    device: &Device,
+    n: usize,
+    classes: usize,
+    spread: f64,
+    scale: f64,
+    seed: u64,
+) {
     let mut stream = Stream::new(seed, 2, 0, Purpose::Init);
     let logits = draw::<T>(&mut stream, n * classes, -spread, spread);
     let targets: Vec<f32> = draw::<f32>(&mut stream, n * classes, 0.0, 2.0 / classes as f64);
@@ -169,7 +189,12 @@ fn check_cross_entropy<T: Sample>(device: &Device, n: usize, classes: usize, spr
             // p·m is expected + t.
             let share = (expected / scale * n as f64 + t) * (roundings + range * EPSILON) + 4.0 * EPSILON * t;
             let tolerance = share * scale / n as f64 + T::UNIT * expected.abs() + T::TINY;
-            close(dlogits[i * classes + k].wide(), expected, tolerance, format_args!("{n}×{classes}, dlogit {i}, {k}"));
+            close(
+                dlogits[i * classes + k].wide(),
+                expected,
+                tolerance,
+                format_args!("{n}×{classes}, dlogit {i}, {k}"),
+            );
         }
     }
     close(loss.into(), expected_loss, total / n as f64 + EPSILON * expected_loss.abs(), "mean loss");
@@ -254,6 +279,23 @@ proptest! {
     }
 }
 
+/// A number equal to the rate is not below it.
+#[test]
+fn dropout_keeps_what_is_drawn_at_the_rate() {
+    let Some(device) = device() else { return };
+    let mut raw = Raw::<f32>::integers(Shape::new(1, 1, 1, 8));
+    raw.y.fill(0.0);
+    raw.shift.fill(64.0);
+    let key = key(1, 12);
+    let mut stream = Stream::new(key.seed, key.epoch, key.images[0], Purpose::Dropout);
+    for place in 0..8 {
+        let rate = f64::from(stream.uniform());
+        assert!(pool(&device, &raw, rate, &key, Dropout::On)[place] > 0.0, "{place}, rate {rate}");
+        let above = rate + 0.5 / 16_777_216.0;
+        assert_eq!(pool(&device, &raw, above, &key, Dropout::On)[place], 0.0, "{place}, rate {above}");
+    }
+}
+
 /// With z this large SiLU is the identity; with numbers of pixels that are powers of two every step is exact.
 fn check_integers<T: Sample>(device: &Device) {
     for (n, h, w, c) in [(1, 1, 1, 8), (3, 4, 4, 72), (2, 8, 16, 64), (5, 2, 1, 200)] {
@@ -274,7 +316,11 @@ fn check_integers<T: Sample>(device: &Device) {
         squeeze_excite::spread(&arriving, &mut expected);
         assert_eq!(wide(&dz), expected.data(), "{shape}");
         let mut normalised = raw.tensor();
-        normalised.data_mut().iter_mut().enumerate().for_each(|(i, y)| *y = (*y - f64::from(raw.mean[i % c])) * 0.5);
+        normalised
+            .data_mut()
+            .iter_mut()
+            .enumerate()
+            .for_each(|(i, y)| *y = (*y - f64::from(raw.mean[i % c])) * 0.5);
         let plain = squeeze_excite::sum_pixels(&expected, None);
         let weighted = squeeze_excite::sum_pixels(&expected, Some(&normalised));
         assert_eq!(wide(&sums), plain.iter().chain(&weighted).copied().collect::<Vec<_>>(), "{shape}");
@@ -293,13 +339,18 @@ fn integers_are_exact() {
 #[test]
 fn equal_logits_cost_the_logarithm_of_their_number() {
     let Some(device) = device() else { return };
-    for (n, classes) in [(1, 1), (4, 2), (2, 1024), (8, 64)] {
+    for (n, classes) in [(1, 1), (4, 2), (2, 1024), (8, 64), (512, 2)] {
         let mut targets = vec![0.0_f32; n * classes];
         (0..n).for_each(|i| targets[i * classes + i % classes] = 1.0);
-        let (losses, mean, dlogits) = cross_entropy(&device, (n, classes), &vec![3.0_f32; n * classes], &targets, 8.0);
+        let (losses, mean, dlogits) =
+            cross_entropy(&device, (n, classes), &vec![3.0_f32; n * classes], &targets, 8.0);
         let expected = (classes as f64).ln();
-        losses.iter().chain([&mean]).for_each(|&loss| close(loss.into(), expected, EPSILON * expected, classes));
-        let gradient = targets.iter().map(|t| (1.0 / classes as f32 - t) * 8.0 / n as f32).collect::<Vec<_>>();
+        losses
+            .iter()
+            .chain([&mean])
+            .for_each(|&loss| close(loss.into(), expected, EPSILON * expected, classes));
+        let gradient =
+            targets.iter().map(|t| (1.0 / classes as f32 - t) * 8.0 / n as f32).collect::<Vec<_>>();
         assert_eq!(dlogits, gradient);
     }
 }
@@ -355,7 +406,10 @@ fn impossible_plans_are_refused() {
         assert!(matches!(Head::<f32>::plan(&device, shape, 5, 0.0), Err(Error::Shape { .. })), "{shape}");
     }
     for classes in [0, 1 << 30, usize::MAX] {
-        assert!(matches!(Head::<f32>::plan(&device, good, classes, 0.0), Err(Error::Shape { .. })), "{classes}");
+        assert!(
+            matches!(Head::<f32>::plan(&device, good, classes, 0.0), Err(Error::Shape { .. })),
+            "{classes}"
+        );
     }
     for rate in [-0.1, 1.0, f64::NAN] {
         assert!(matches!(Head::<f32>::plan(&device, good, 5, rate), Err(Error::Usage { .. })), "{rate}");
@@ -363,7 +417,10 @@ fn impossible_plans_are_refused() {
     let mut head = Head::<f32>::plan(&device, good, 5, 0.0).unwrap();
     assert!(matches!(head.begin_step(device.compute(), &key(3, 0), 1.0), Err(Error::Shape { .. })));
     for scale in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e300] {
-        assert!(matches!(head.begin_step(device.compute(), &key(2, 0), scale), Err(Error::Usage { .. })), "{scale}");
+        assert!(
+            matches!(head.begin_step(device.compute(), &key(2, 0), scale), Err(Error::Usage { .. })),
+            "{scale}"
+        );
     }
 }
 
@@ -376,7 +433,8 @@ fn unfit_buffers_are_refused_before_anything_runs() {
     let raw = Raw::<f32>::integers(shape).upload(&device);
     let small = Raw::<f32>::integers(Shape { n: 1, ..shape }).upload(&device);
     let thin = Raw::<f32>::integers(Shape { c: 8, ..shape }).upload(&device);
-    let refused = |result: effnetv2::Result<()>| assert!(matches!(result, Err(Error::Shape { .. })), "{result:?}");
+    let refused =
+        |result: effnetv2::Result<()>| assert!(matches!(result, Err(Error::Shape { .. })), "{result:?}");
     let mut out = device.zeros::<f32>(400).unwrap();
     let input = device.zeros::<f32>(400).unwrap();
     with_raw!(raw, view => {

@@ -203,7 +203,13 @@ impl<T: RawElement> Head<T> {
         let (n, pixels, channels) = (shape.n as u32, (shape.h * shape.w) as u32, shape.c as u32);
         let (threshold, keep) = self.dropout(dropout);
         let mut launch = self.pool_backward.on(stream);
-        launch.input(dfeatures).input(raw.y).input(raw.scale).input(raw.shift).input(raw.mean).input(raw.rstd);
+        launch
+            .input(dfeatures)
+            .input(raw.y)
+            .input(raw.scale)
+            .input(raw.shift)
+            .input(raw.mean)
+            .input(raw.rstd);
         launch.input(&step).output(dz).output(sums).value(&pixels).value(&channels).value(&n);
         launch.value(&threshold).value(&keep);
         // SAFETY: as in `pool`; a block writes dz where it reads y, and two sums for each of its channels. None overlap.

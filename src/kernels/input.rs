@@ -64,12 +64,7 @@ impl<T: InputElement> Input<T> {
     /// # Errors
     /// [`Error::Shape`] for no images, no pixels, or 2³¹ elements and more; [`Error::Usage`] for a normalisation that
     /// is not finite; those of [`Device::module`]; [`Error::Driver`].
-    pub fn plan(
-        device: &Device,
-        images: usize,
-        side: usize,
-        normalisation: &Normalisation,
-    ) -> Result<Self> {
+    pub fn plan(device: &Device, images: usize, side: usize, normalisation: &Normalisation) -> Result<Self> {
         let pixels = side.checked_mul(side).and_then(|pixels| pixels.checked_mul(images));
         let elements = pixels.and_then(|pixels| pixels.checked_mul(CHANNELS));
         if !elements.is_some_and(|elements| (1..=MAX_ELEMENTS).contains(&elements)) {

@@ -9,10 +9,12 @@ pub mod head;
 pub mod input;
 pub mod optimizer;
 mod raw;
+pub mod squeeze_excite;
 
 pub use raw::{RawElement, RawView};
 
 use crate::device::Family;
 
 /// Every family there is. build.rs watches this file: a new `kernels/*.cu` is compiled when it is listed here.
-pub const FAMILIES: &[&Family] = &[&head::FAMILY, &input::FAMILY, &optimizer::FAMILY];
+pub const FAMILIES: &[&Family] =
+    &[&head::FAMILY, &input::FAMILY, &optimizer::FAMILY, &squeeze_excite::FAMILY];

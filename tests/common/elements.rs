@@ -161,7 +161,8 @@ macro_rules! with_raw {
     ($raw:expr, $view:ident => $body:expr) => {{
         let y = $raw.y.as_view();
         let [scale, shift, mean, rstd] = $raw.vectors.each_ref().map(|v| v.as_view());
-        let $view = effnetv2::kernels::RawView { y: &y, scale: &scale, shift: &shift, mean: &mean, rstd: &rstd };
+        let $view =
+            effnetv2::kernels::RawView { y: &y, scale: &scale, shift: &shift, mean: &mean, rstd: &rstd };
         $body
     }};
 }
@@ -171,7 +172,8 @@ pub fn activated<T: Sample>(raw: &Raw<T>) -> Tensor<f64> {
     use effnetv2::tensor::Real;
     let norm = raw.norm();
     let c = raw.shape.c;
-    let values = raw.y.iter().enumerate().map(|(i, y)| (norm.scale[i % c] * y.wide() + norm.shift[i % c]).silu());
+    let values =
+        raw.y.iter().enumerate().map(|(i, y)| (norm.scale[i % c] * y.wide() + norm.shift[i % c]).silu());
     Tensor::from_vec(raw.shape, values.collect()).unwrap()
 }
 
@@ -183,5 +185,8 @@ pub fn additions(shape: Shape) -> f64 {
 #[track_caller]
 pub fn close(actual: f64, expected: f64, tolerance: f64, what: impl std::fmt::Display) {
     let error = (actual - expected).abs();
-    assert!(error <= tolerance, "{what}: {actual} instead of {expected}, {error:e} off, {tolerance:e} allowed");
+    assert!(
+        error <= tolerance,
+        "{what}: {actual} instead of {expected}, {error:e} off, {tolerance:e} allowed"
+    );
 }

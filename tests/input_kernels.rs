@@ -198,7 +198,7 @@ fn impossible_steps_are_refused_and_leave_the_last_one() {
         assert!(matches!(input.begin_step(stream, plan, None), Err(Error::Shape { .. })), "{plan:?}");
     }
     assert!(matches!(input.begin_step(stream, &none, Some(&[true])), Err(Error::Shape { .. })));
-    let images = device.upload(&vec![255_u8; 96]).unwrap();
+    let images = device.upload(&[255_u8; 96]).unwrap();
     let mut y = device.zeros::<f32>(96).unwrap();
     input.forward(stream, &images.as_view(), &mut y.as_view_mut()).unwrap();
     assert_eq!(device.read(&y).unwrap(), vec![1.0; 96]);
@@ -209,7 +209,7 @@ fn unfit_buffers_are_refused_before_anything_runs() {
     let Some(device) = device() else { return };
     let stream = device.compute();
     let input = Input::<f32>::plan(&device, 2, 4, &Normalisation::HALF).unwrap();
-    let images = device.upload(&vec![255_u8; 128]).unwrap();
+    let images = device.upload(&[255_u8; 128]).unwrap();
     let mut y = device.zeros::<f32>(128).unwrap();
     for (images, y_range) in [
         (images.slice(..95), 0..96),

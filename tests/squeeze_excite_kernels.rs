@@ -4,6 +4,7 @@
 
 mod common;
 #[path = "common/elements.rs"]
+#[allow(dead_code, reason = "only outputs in f32 are checked here, so nothing is rounded to an element type")]
 mod elements;
 
 use common::{again_on_a_gpu, device};

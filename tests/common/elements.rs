@@ -9,7 +9,7 @@ use effnetv2::tensor::{Shape, Tensor};
 use half::{bf16, f16};
 
 /// An element type.
-pub trait Sample: RawElement + PartialEq + std::fmt::Debug {
+pub(crate) trait Sample: RawElement + PartialEq + std::fmt::Debug {
     /// Half the distance between 1 and the next number; rounding costs at most this share of a value.
     const UNIT: f64;
     /// Half the least positive number: what rounding may cost anyway.
@@ -53,18 +53,18 @@ impl Sample for bf16 {
 }
 
 /// ε of f32.
-pub const EPSILON: f64 = f32::EPSILON as f64;
+pub(crate) const EPSILON: f64 = f32::EPSILON as f64;
 
 /// Elements behind an output that nothing may touch.
-pub const MARGIN: usize = 16;
+pub(crate) const MARGIN: usize = 16;
 
 /// An output of `length` elements that nobody has written, with its margin: all −123.
-pub fn unwritten<T: Sample>(device: &Device, length: usize) -> CudaSlice<T> {
+pub(crate) fn unwritten<T: Sample>(device: &Device, length: usize) -> CudaSlice<T> {
     device.upload(&vec![T::of(-123.0); length + MARGIN]).unwrap()
 }
 
 /// What was written there.
-pub fn written<T: Sample>(device: &Device, output: &CudaSlice<T>) -> Vec<T> {
+pub(crate) fn written<T: Sample>(device: &Device, output: &CudaSlice<T>) -> Vec<T> {
     let mut values = device.read(output).unwrap();
     let margin = values.split_off(values.len() - MARGIN);
     assert_eq!(margin, vec![T::of(-123.0); MARGIN], "the margin was written");
@@ -72,28 +72,28 @@ pub fn written<T: Sample>(device: &Device, output: &CudaSlice<T>) -> Vec<T> {
 }
 
 /// `count` numbers from `low` to `high`.
-pub fn draw<T: Sample>(stream: &mut Stream, count: usize, low: f64, high: f64) -> Vec<T> {
+pub(crate) fn draw<T: Sample>(stream: &mut Stream, count: usize, low: f64, high: f64) -> Vec<T> {
     (0..count).map(|_| T::of(stream.uniform_in(low, high) as f32)).collect()
 }
 
-pub fn wide<T: Sample>(values: &[T]) -> Vec<f64> {
+pub(crate) fn wide<T: Sample>(values: &[T]) -> Vec<f64> {
     values.iter().map(|v| v.wide()).collect()
 }
 
 /// A raw tensor and what it owes, on the host.
 #[derive(Clone, Debug)]
-pub struct Raw<T> {
-    pub shape: Shape,
-    pub y: Vec<T>,
-    pub scale: Vec<f32>,
-    pub shift: Vec<f32>,
-    pub mean: Vec<f32>,
-    pub rstd: Vec<f32>,
+pub(crate) struct Raw<T> {
+    pub(crate) shape: Shape,
+    pub(crate) y: Vec<T>,
+    pub(crate) scale: Vec<f32>,
+    pub(crate) shift: Vec<f32>,
+    pub(crate) mean: Vec<f32>,
+    pub(crate) rstd: Vec<f32>,
 }
 
 impl<T: Sample> Raw<T> {
     /// z mostly between −8 and 8.
-    pub fn random(shape: Shape, seed: u64) -> Self {
+    pub(crate) fn random(shape: Shape, seed: u64) -> Self {
         let mut stream = Stream::new(seed, 0, 0, Purpose::Init);
         let mut vector = |low, high| draw(&mut stream, shape.c, low, high);
         let (scale, shift) = (vector(-3.0, 3.0), vector(-2.0, 2.0));
@@ -102,7 +102,7 @@ impl<T: Sample> Raw<T> {
     }
 
     /// z so large that SiLU(z) = z and SiLU'(z) = 1: nothing but sums, which are exact.
-    pub fn integers(shape: Shape) -> Self {
+    pub(crate) fn integers(shape: Shape) -> Self {
         Self {
             shape,
             y: (0..shape.elements()).map(|i| T::of((i * 7 % 11) as f32)).collect(),
@@ -113,11 +113,11 @@ impl<T: Sample> Raw<T> {
         }
     }
 
-    pub fn tensor(&self) -> Tensor<f64> {
+    pub(crate) fn tensor(&self) -> Tensor<f64> {
         Tensor::from_vec(self.shape, wide(&self.y)).unwrap()
     }
 
-    pub fn norm(&self) -> Norm<f64> {
+    pub(crate) fn norm(&self) -> Norm<f64> {
         Norm {
             scale: wide(&self.scale),
             shift: wide(&self.shift),
@@ -128,7 +128,7 @@ impl<T: Sample> Raw<T> {
     }
 
     /// For each image and channel the mean over pixels of |scale·y| + |shift| of `weight`: what rounding is a share of.
-    pub fn magnitude(&self, weight: impl Fn(usize) -> f64) -> Vec<f64> {
+    pub(crate) fn magnitude(&self, weight: impl Fn(usize) -> f64) -> Vec<f64> {
         let Shape { n, h, w, c } = self.shape;
         let mut sums = vec![0.0; n * c];
         for (i, y) in self.y.iter().enumerate() {
@@ -139,7 +139,7 @@ impl<T: Sample> Raw<T> {
         sums
     }
 
-    pub fn upload(&self, device: &Device) -> DeviceRaw<T> {
+    pub(crate) fn upload(&self, device: &Device) -> DeviceRaw<T> {
         let vector = |values: &[f32]| device.upload(values).unwrap();
         DeviceRaw {
             y: device.upload(&self.y).unwrap(),
@@ -150,9 +150,9 @@ impl<T: Sample> Raw<T> {
 
 /// The same on the device.
 #[derive(Debug)]
-pub struct DeviceRaw<T> {
-    pub y: CudaSlice<T>,
-    pub vectors: [CudaSlice<f32>; 4],
+pub(crate) struct DeviceRaw<T> {
+    pub(crate) y: CudaSlice<T>,
+    pub(crate) vectors: [CudaSlice<f32>; 4],
 }
 
 /// Calls `$f` with the view of a [`DeviceRaw`], whose parts must live as long.
@@ -168,7 +168,7 @@ macro_rules! with_raw {
 }
 
 /// SiLU(z) of every element.
-pub fn activated<T: Sample>(raw: &Raw<T>) -> Tensor<f64> {
+pub(crate) fn activated<T: Sample>(raw: &Raw<T>) -> Tensor<f64> {
     use effnetv2::tensor::Real;
     let norm = raw.norm();
     let c = raw.shape.c;
@@ -178,12 +178,12 @@ pub fn activated<T: Sample>(raw: &Raw<T>) -> Tensor<f64> {
 }
 
 /// The additions in a row that a sum over pixels takes.
-pub fn additions(shape: Shape) -> f64 {
+pub(crate) fn additions(shape: Shape) -> f64 {
     ((shape.h * shape.w).div_ceil(32) + 10) as f64
 }
 
 #[track_caller]
-pub fn close(actual: f64, expected: f64, tolerance: f64, what: impl std::fmt::Display) {
+pub(crate) fn close(actual: f64, expected: f64, tolerance: f64, what: impl std::fmt::Display) {
     let error = (actual - expected).abs();
     assert!(
         error <= tolerance,

@@ -26,7 +26,7 @@ pub mod transform;
 use crate::{Error, Result};
 pub use decode::read as read_image;
 pub use loader::{Batch, Loader, LoaderConfig, Pipeline};
-pub use mix::{MixConfig, MixPlan};
+pub use mix::{MixConfig, MixPlan, PatchBox};
 pub use problems::{BadImages, Problem, Problems};
 pub use randaugment::{Operation, RandAugment};
 use std::path::{Path, PathBuf};

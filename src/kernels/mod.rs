@@ -5,9 +5,16 @@
 //! nothing of this crate's tensors can use it. The streams are the caller's, too, as long as they are of the plan's GPU.
 //! Wrong lengths, overlaps, misalignment and foreign devices are errors before anything is launched.
 
+pub mod head;
+pub mod input;
 pub mod optimizer;
+mod raw;
+pub mod squeeze_excite;
+
+pub use raw::{RawElement, RawView};
 
 use crate::device::Family;
 
 /// Every family there is. build.rs watches this file: a new `kernels/*.cu` is compiled when it is listed here.
-pub const FAMILIES: &[&Family] = &[&optimizer::FAMILY];
+pub const FAMILIES: &[&Family] =
+    &[&head::FAMILY, &input::FAMILY, &optimizer::FAMILY, &squeeze_excite::FAMILY];

@@ -1,0 +1,253 @@
+//! The head around its classifier: global average pool with dropout, softmax cross entropy with soft targets, and the
+//! pool's backward. Formulas, shapes and bytes are in `kernels/head.cu`.
+//!
+//! A training step is [`begin_step`](Head::begin_step), [`pool`](Head::pool), the classifier,
+//! [`cross_entropy`](Head::cross_entropy), the classifier's backward, and [`pool_backward`](Head::pool_backward).
+
+use super::raw::{RawElement, RawView, channel_blocks, check_shape};
+use crate::backend::StepKey;
+use crate::device::cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
+use crate::device::{self, Device, Entry, Family, Kernel, Operands};
+use crate::tensor::{MAX_ELEMENTS, Shape};
+use crate::{Error, Result};
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+const fn entry(name: &'static str, signature: &'static str) -> Entry {
+    Entry { name, signature, threads: 256 }
+}
+
+/// The kernels of `kernels/head.cu`.
+pub const FAMILY: Family = Family {
+    name: "head",
+    kernels: &[
+        entry("head_pool_f32", "pppppIIIf"),
+        entry("head_pool_f16", "pppppIIIf"),
+        entry("head_pool_bf16", "pppppIIIf"),
+        entry("head_pool_backward_f32", "pppppppppIIIIf"),
+        entry("head_pool_backward_f16", "pppppppppIIIIf"),
+        entry("head_pool_backward_bf16", "pppppppppIIIIf"),
+        entry("head_cross_entropy_f32", "pppppII"),
+        entry("head_cross_entropy_f16", "pppppII"),
+        entry("head_cross_entropy_bf16", "pppppII"),
+        entry("head_mean_loss", "ppI"),
+    ],
+};
+
+/// Whether the pool drops features.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dropout {
+    /// It does, with the plan's rate.
+    On,
+    /// It does not: evaluation.
+    Off,
+}
+
+/// The plan for one shape, number of classes and element type. The same calls give the same bits.
+#[derive(Debug)]
+pub struct Head<T> {
+    device: Device,
+    shape: Shape,
+    classes: u32,
+    rate: f64,
+    pool: Kernel,
+    pool_backward: Kernel,
+    cross_entropy: Kernel,
+    mean_loss: Kernel,
+    /// The kernels' `Step`, then the index of each image.
+    step: CudaSlice<u32>,
+    losses: CudaSlice<f32>,
+    loss: CudaSlice<f32>,
+    element: PhantomData<fn() -> T>,
+}
+
+/// Words of the kernels' `Step`.
+const STEP_WORDS: usize = 4;
+const OPERATION: &str = "head";
+
+impl<T: RawElement> Head<T> {
+    /// For raw outputs of `shape`, `classes` logits, and dropout with probability `rate`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for an empty shape, channels that are no multiple of 8, no classes, or 2³¹ elements and more;
+    /// [`Error::Usage`] for a rate outside \[0, 1); those of [`Device::module`]; [`Error::Driver`].
+    pub fn plan(device: &Device, shape: Shape, classes: usize, rate: f64) -> Result<Self> {
+        check_shape(OPERATION, shape)?;
+        if !classes.checked_mul(shape.n).is_some_and(|logits| (1..=MAX_ELEMENTS).contains(&logits)) {
+            let problem =
+                format!("{} images of {classes} classes; 1 to {MAX_ELEMENTS} logits are possible", shape.n);
+            return Err(Error::Shape { operation: OPERATION, problem });
+        }
+        if !(0.0..1.0).contains(&rate) {
+            return Err(Error::usage("dropout", rate, "expected a number from 0 to below 1"));
+        }
+        let module = device.module(&FAMILY)?;
+        let kernel = |name: &str| module.kernel(&format!("head_{name}_{}", T::SUFFIX));
+        Ok(Self {
+            device: device.clone(),
+            shape,
+            classes: classes as u32,
+            rate,
+            pool: kernel("pool")?,
+            pool_backward: kernel("pool_backward")?,
+            cross_entropy: kernel("cross_entropy")?,
+            mean_loss: module.kernel("head_mean_loss")?,
+            step: device.upload(&encode(&StepKey { images: vec![0; shape.n], ..StepKey::default() }, 1.0))?,
+            losses: device.zeros(shape.n)?,
+            loss: device.zeros(1)?,
+            element: PhantomData,
+        })
+    }
+
+    /// Sends to the device what dropout depends on, and what the loss's gradient is multiplied with. Outside of captured
+    /// graphs: what follows may be captured, and reads it there.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a key of another number of images or a stream of another device, [`Error::Usage`] for a
+    /// scale that is not a positive f32, [`Error::Driver`].
+    pub fn begin_step(&mut self, stream: &Arc<CudaStream>, key: &StepKey, loss_scale: f64) -> Result<()> {
+        Operands::new(OPERATION, &self.device, stream)?;
+        if key.images.len() != self.shape.n {
+            let problem = format!("a key of {} images for a batch of {}", key.images.len(), self.shape.n);
+            return Err(Error::Shape { operation: OPERATION, problem });
+        }
+        let scale = loss_scale as f32;
+        if !(scale.is_normal() && scale > 0.0) {
+            return Err(Error::usage("loss_scale", loss_scale, "expected a positive number that fits f32"));
+        }
+        device::write(stream, &encode(key, scale), &mut self.step)
+    }
+
+    /// features ← dropout of the mean over pixels of SiLU(z), \[n, c\].
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for buffers of another length, device or alignment, or that overlap. Nothing has been changed
+    /// then. [`Error::Driver`].
+    pub fn pool(
+        &self,
+        stream: &Arc<CudaStream>,
+        raw: RawView<'_, '_, T>,
+        dropout: Dropout,
+        features: &mut CudaViewMut<'_, T>,
+    ) -> Result<()> {
+        let shape = self.shape;
+        let mut operands = Operands::new(OPERATION, &self.device, stream)?;
+        raw.check(&mut operands, shape)?;
+        operands.write("features", features, shape.n * shape.c)?;
+        let step = self.step.as_view();
+        let (pixels, channels) = ((shape.h * shape.w) as u32, shape.c as u32);
+        let (threshold, keep) = self.dropout(dropout);
+        let mut launch = self.pool.on(stream);
+        launch.input(raw.y).input(raw.scale).input(raw.shift).input(&step).output(features);
+        launch.value(&pixels).value(&channels).value(&threshold).value(&keep);
+        // SAFETY: y has `shape`, whose channels are a multiple of 8, the vectors its channels, `step` a word for each
+        // image behind the STEP_WORDS. A block reads one image's tile of 64 channels, those that exist, and writes
+        // their features, which overlap nothing.
+        unsafe { launch.run([channel_blocks(shape), 1, 1], 0, shape) }
+    }
+
+    /// Of the classifier's logits \[n, classes\] and soft `targets` of that shape: the mean loss, for
+    /// [`read_loss`](Self::read_loss), and dlogits, its gradient times the loss scale.
+    ///
+    /// # Errors
+    /// As for [`pool`](Self::pool).
+    pub fn cross_entropy(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        logits: &CudaView<'_, T>,
+        targets: &CudaView<'_, f32>,
+        dlogits: &mut CudaViewMut<'_, T>,
+    ) -> Result<()> {
+        let (n, classes) = (self.shape.n as u32, self.classes);
+        let count = self.shape.n * classes as usize;
+        let mut operands = Operands::new(OPERATION, &self.device, stream)?;
+        operands.read("logits", logits, count)?;
+        operands.read("targets", targets, count)?;
+        operands.write("dlogits", dlogits, count)?;
+        let shapes = format_args!("{n} images, {classes} classes");
+        let (step, mut losses) = (self.step.as_view(), self.losses.as_view_mut());
+        let mut launch = self.cross_entropy.on(stream);
+        launch.input(logits).input(targets).input(&step).output(&mut losses).output(dlogits);
+        launch.value(&classes).value(&n);
+        // SAFETY: block b reads row b of logits and targets and writes row b of dlogits, `classes` elements each, and
+        // element b of `losses`, which has one for each image. None overlap.
+        unsafe { launch.run([n, 1, 1], 0, shapes) }?;
+        let (losses, mut loss) = (self.losses.as_view(), self.loss.as_view_mut());
+        let mut launch = self.mean_loss.on(stream);
+        launch.input(&losses).output(&mut loss).value(&n);
+        // SAFETY: one block reads the n losses and writes the one mean; both are this plan's own.
+        unsafe { launch.run([1, 1, 1], 0, shapes) }
+    }
+
+    /// dz ← dropout of `dfeatures` \[n, c\], spread over the pixels, times SiLU'(z); and `sums` \[2, n, c\] ← what batch
+    /// norm's backward needs, for each image: Σ dz and Σ dz·x̂. `dropout` as it was in [`pool`](Self::pool).
+    ///
+    /// # Errors
+    /// As for [`pool`](Self::pool).
+    pub fn pool_backward(
+        &self,
+        stream: &Arc<CudaStream>,
+        dfeatures: &CudaView<'_, T>,
+        raw: RawView<'_, '_, T>,
+        dropout: Dropout,
+        dz: &mut CudaViewMut<'_, T>,
+        sums: &mut CudaViewMut<'_, f32>,
+    ) -> Result<()> {
+        let shape = self.shape;
+        let mut operands = Operands::new(OPERATION, &self.device, stream)?;
+        operands.read("dfeatures", dfeatures, shape.n * shape.c)?;
+        raw.check(&mut operands, shape)?;
+        operands.write("dz", dz, shape.elements())?;
+        operands.write("sums", sums, 2 * shape.n * shape.c)?;
+        let step = self.step.as_view();
+        let (n, pixels, channels) = (shape.n as u32, (shape.h * shape.w) as u32, shape.c as u32);
+        let (threshold, keep) = self.dropout(dropout);
+        let mut launch = self.pool_backward.on(stream);
+        launch
+            .input(dfeatures)
+            .input(raw.y)
+            .input(raw.scale)
+            .input(raw.shift)
+            .input(raw.mean)
+            .input(raw.rstd);
+        launch.input(&step).output(dz).output(sums).value(&pixels).value(&channels).value(&n);
+        launch.value(&threshold).value(&keep);
+        // SAFETY: as in `pool`; a block writes dz where it reads y, and two sums for each of its channels. None overlap.
+        unsafe { launch.run([channel_blocks(shape), 1, 1], 0, shape) }
+    }
+
+    /// Waits for the last [`cross_entropy`](Self::cross_entropy) and fetches the mean loss, without the loss scale.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a stream of another device, [`Error::Driver`] for what went wrong before.
+    pub fn read_loss(&self, stream: &Arc<CudaStream>) -> Result<f32> {
+        Operands::new(OPERATION, &self.device, stream)?;
+        Ok(device::read(stream, &self.loss)?[0])
+    }
+
+    /// The loss of each image likewise.
+    ///
+    /// # Errors
+    /// As for [`read_loss`](Self::read_loss).
+    pub fn read_losses(&self, stream: &Arc<CudaStream>) -> Result<Vec<f32>> {
+        Operands::new(OPERATION, &self.device, stream)?;
+        device::read(stream, &self.losses)
+    }
+
+    /// The 24 random bits below which a feature is dropped, and the factor of the others. A uniform number k·2⁻²⁴ is
+    /// below the rate if and only if k is below rate·2²⁴, rounded up.
+    fn dropout(&self, dropout: Dropout) -> (u32, f32) {
+        match dropout {
+            Dropout::Off => (0, 1.0),
+            Dropout::On => ((self.rate * 16_777_216.0).ceil() as u32, (1.0 / (1.0 - self.rate)) as f32),
+        }
+    }
+}
+
+/// The kernels' `Step` and the indices behind it.
+fn encode(key: &StepKey, loss_scale: f32) -> Vec<u32> {
+    let mut words = Vec::with_capacity(STEP_WORDS + key.images.len());
+    words.extend([key.seed as u32, (key.seed >> 32) as u32, key.epoch, loss_scale.to_bits()]);
+    words.extend(&key.images);
+    words
+}

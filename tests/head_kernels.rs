@@ -2,11 +2,11 @@
 
 #![cfg(feature = "cuda")]
 
-mod common;
-#[path = "common/elements.rs"]
+mod devices;
+#[path = "devices/elements.rs"]
 mod elements;
 
-use common::{again_on_a_gpu, device};
+use devices::{again_on_a_gpu, device};
 use effnetv2::Error;
 use effnetv2::backend::StepKey;
 use effnetv2::device::Device;
@@ -15,7 +15,9 @@ use effnetv2::random::{Purpose, Stream};
 use effnetv2::reference::batch_norm::{self, Arrival};
 use effnetv2::reference::{head as reference, squeeze_excite};
 use effnetv2::tensor::{Shape, Tensor, matrix};
-use elements::{EPSILON, Raw, Sample, activated, additions, close, draw, unwritten, wide, written};
+use elements::{
+    EPSILON, Raw, Sample, activated, additions, close, draw, pixel_sums, unwritten, wide, written,
+};
 use half::{bf16, f16};
 use proptest::prelude::*;
 
@@ -92,7 +94,7 @@ fn check_pool<T: Sample>(device: &Device, shape: Shape, rate: f64, dropout: Drop
     let actual = pool(device, &raw, rate, &key, dropout);
     let rate = if dropout == Dropout::On { rate } else { 0.0 };
     let factors = reference::dropout_factors::<f64>(&key, rate, shape.c);
-    let expected = squeeze_excite::sum_pixels(&activated(&raw), None) / (shape.h * shape.w) as f64 * &factors;
+    let expected = pixel_sums(&activated(&raw), None) / (shape.h * shape.w) as f64 * &factors;
     let magnitude = raw.magnitude(|_| 1.0);
     for (i, (actual, &expected)) in actual.iter().zip(&expected).enumerate() {
         // z: two roundings; the sigmoid: 2⁻²¹; the additions; the mean and the factor: two roundings each.
@@ -140,10 +142,7 @@ fn check_pool_backward<T: Sample>(device: &Device, shape: Shape, rate: f64, seed
             * (raw.y[i].wide().abs() + f64::from(raw.mean[i % shape.c]).abs())
             * f64::from(raw.rstd[i % shape.c]);
     }
-    let expected_sums = [
-        squeeze_excite::sum_pixels(&expected, None),
-        squeeze_excite::sum_pixels(&expected, Some(&normalised)),
-    ];
+    let expected_sums = [pixel_sums(&expected, None), pixel_sums(&expected, Some(&normalised))];
     for (k, (expected, bound)) in expected_sums.iter().zip([bound, bound_x]).enumerate() {
         for (i, (&expected, bound)) in expected.iter().zip(bound).enumerate() {
             // The terms are at most an eighth of their errors over ε; each addition costs half an ε of them.
@@ -305,7 +304,7 @@ fn check_integers<T: Sample>(device: &Device) {
         let factors = reference::dropout_factors::<f64>(&key, 0.5, c);
         let mut z = raw.tensor();
         z.data_mut().iter_mut().enumerate().for_each(|(i, y)| *y = 2.0 * *y + f64::from(raw.shift[i % c]));
-        let expected = squeeze_excite::sum_pixels(&z, None) / pixels * &factors;
+        let expected = pixel_sums(&z, None) / pixels * &factors;
         let expected: Vec<T> = expected.iter().map(|&v| T::of(v as f32)).collect();
         assert_eq!(pool(device, &raw, 0.5, &key, Dropout::On), expected, "{shape}");
 
@@ -321,8 +320,8 @@ fn check_integers<T: Sample>(device: &Device) {
             .iter_mut()
             .enumerate()
             .for_each(|(i, y)| *y = (*y - f64::from(raw.mean[i % c])) * 0.5);
-        let plain = squeeze_excite::sum_pixels(&expected, None);
-        let weighted = squeeze_excite::sum_pixels(&expected, Some(&normalised));
+        let plain = pixel_sums(&expected, None);
+        let weighted = pixel_sums(&expected, Some(&normalised));
         assert_eq!(wide(&sums), plain.iter().chain(&weighted).copied().collect::<Vec<_>>(), "{shape}");
     }
 }

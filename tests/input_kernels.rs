@@ -2,9 +2,9 @@
 
 #![cfg(feature = "cuda")]
 
-mod common;
+mod devices;
 
-use common::{again_on_a_gpu, device};
+use devices::{again_on_a_gpu, device};
 use effnetv2::Error;
 use effnetv2::backend::Normalisation;
 use effnetv2::data::{MixConfig, MixPlan, PatchBox};

@@ -2,12 +2,12 @@
 
 #![cfg(feature = "cuda")]
 
-mod common;
-#[path = "common/elements.rs"]
+mod devices;
+#[path = "devices/elements.rs"]
 #[allow(dead_code, reason = "only outputs in f32 are checked here, so nothing is rounded to an element type")]
 mod elements;
 
-use common::{again_on_a_gpu, device};
+use devices::{again_on_a_gpu, device};
 use effnetv2::Error;
 use effnetv2::backend::SqueezeExcite as Layer;
 use effnetv2::device::Device;
@@ -16,7 +16,9 @@ use effnetv2::random::{Purpose, Stream};
 use effnetv2::reference::batch_norm::{self, Arrival};
 use effnetv2::reference::squeeze_excite as reference;
 use effnetv2::tensor::{Shape, Tensor, matrix};
-use elements::{EPSILON, Raw, Sample, activated, additions, close, draw, unwritten, wide, written};
+use elements::{
+    EPSILON, Raw, Sample, activated, additions, close, draw, pixel_sums, unwritten, wide, written,
+};
 use half::{bf16, f16};
 use ndarray::Array2;
 use proptest::prelude::*;
@@ -159,10 +161,9 @@ fn check<T: Sample>(device: &Device, shape: Shape, reduced: usize, seed: u64) {
     let pixels = h * w;
     let (layer, params) = layers.flat(false);
     let (_, magnitudes) = layers.flat(true);
-    let act = activated(&raw);
 
     // The pool: as in the head's test.
-    let expected = reference::forward(&layer, &act, &params);
+    let expected = reference::forward(&layer, &raw.tensor(), &raw.norm(), &params);
     let pooled_share = (additions(shape) + 8.0) * EPSILON / 2.0 + 4.0 * EPSILON;
     let pooled_magnitude = raw.magnitude(|_| 1.0);
     all_close(&actual.pooled, &expected.pooled, &pooled_magnitude, pooled_share, "pooled");
@@ -205,7 +206,7 @@ fn check<T: Sample>(device: &Device, shape: Shape, reduced: usize, seed: u64) {
                 (1.0 + size) * (1.0 + (y.abs() + at(&raw.mean).abs()) * at(&raw.rstd))
             })
         });
-        reference::sum_pixels(&Tensor::from_vec(shape, values.collect()).unwrap(), None)
+        pixel_sums(&Tensor::from_vec(shape, values.collect()).unwrap(), None)
     };
     let expected = [
         element(&|z, _, g, _| g * z.silu_grad()),
@@ -331,7 +332,7 @@ fn integers_are_exact() {
         let pixels = (h * w) as f64;
         let act = activated(&raw);
         let (layer, params) = layers.flat(false);
-        let expected = reference::forward(&layer, &act, &params);
+        let expected = reference::forward(&layer, &raw.tensor(), &raw.norm(), &params);
         let actual = on_device(&device, &raw, &layers, &dx);
         assert_eq!(
             wide(&actual.pooled),
@@ -340,10 +341,10 @@ fn integers_are_exact() {
         let round = |v: &f64| (v * pixels).round() / pixels;
         assert_eq!(wide(&actual.hidden), expected.hidden.iter().map(round).collect::<Vec<_>>());
         let dx = Tensor::from_vec(shape, wide(&dx)).unwrap();
-        let plain: Vec<f64> = reference::sum_pixels(&dx, None).iter().copied().collect();
+        let plain: Vec<f64> = pixel_sums(&dx, None).iter().copied().collect();
         assert_eq!(wide(&actual.sums[..n * c]), plain);
         assert_eq!(wide(&actual.sums[n * c..2 * n * c]), vec![pixels; n * c]);
-        let weighted = reference::sum_pixels(&dx, Some(&act)).iter().map(|v| v.round()).collect::<Vec<_>>();
+        let weighted = pixel_sums(&dx, Some(&act)).iter().map(|v| v.round()).collect::<Vec<_>>();
         assert_eq!(wide(&actual.sums[4 * n * c..]), weighted);
     }
 }

@@ -17,9 +17,8 @@ pub(super) fn run(args: &Args) -> crate::Result<()> {
         let problem = "this program was built without the feature `cuda`, which the host device needs";
         return Err(crate::Error::usage("--host", library.display(), problem));
     }
-    super::announce_device();
-    println!("GPUs: none, this program was built without the feature `cuda`");
-    Ok(())
+    super::announce_device()?;
+    super::output::say!("GPUs: none, this program was built without the feature `cuda`")
 }
 
 #[cfg(feature = "cuda")]
@@ -28,6 +27,8 @@ pub(super) use gpu::run;
 #[cfg(feature = "cuda")]
 mod gpu {
     use super::Args;
+    use crate::cli::announce_device;
+    use crate::cli::output::say;
     use crate::device::{Device, Gpu, Image, Kernel, embedded_images, survey, toolkit};
     use crate::kernels::FAMILIES;
     use crate::report::table::{Column, Table};
@@ -35,27 +36,27 @@ mod gpu {
     use std::path::Path;
 
     pub(in crate::cli) fn run(args: &Args) -> Result<()> {
-        super::super::announce_device();
-        println!("kernels: {}", built());
+        announce_device()?;
+        say!("kernels: {}", built())?;
         let host = args.host.as_deref();
         let found = match survey(host) {
             // The CPU is there, so this is an answer and no failure.
             Err(error @ Error::NoDriver(_)) if host.is_none() => {
-                println!("driver: {error}");
+                say!("driver: {error}")?;
                 return Ok(());
             }
             found => found?,
         };
-        println!("driver: CUDA {}.{}", found.driver.0, found.driver.1);
+        say!("driver: CUDA {}.{}", found.driver.0, found.driver.1)?;
         if found.gpus.is_empty() {
-            println!("GPUs: none that the driver shows to this process");
+            say!("GPUs: none that the driver shows to this process")?;
         }
         for gpu in &found.gpus {
-            println!("\n{}", describe(gpu, host.is_some()));
+            say!("\n{}", describe(gpu, host.is_some()))?;
             match kernels(gpu, host) {
-                Ok(table) => print!("\n{table}"),
+                Ok(table) => say!("\n{table}")?,
                 // One GPU that cannot be used must not hide the next.
-                Err(error) => println!("  not usable: {error}"),
+                Err(error) => say!("  not usable: {error}")?,
             }
         }
         Ok(())

@@ -7,6 +7,7 @@ use effnetv2::random::{Purpose, Stream};
 use effnetv2::reference::batch_norm::Norm;
 use effnetv2::tensor::{Shape, Tensor};
 use half::{bf16, f16};
+use ndarray::Array2;
 
 /// An element type.
 pub(crate) trait Sample: RawElement + PartialEq + std::fmt::Debug {
@@ -189,4 +190,15 @@ pub(crate) fn close(actual: f64, expected: f64, tolerance: f64, what: impl std::
         error <= tolerance,
         "{what}: {actual} instead of {expected}, {error:e} off, {tolerance:e} allowed"
     );
+}
+
+/// Σ over the pixels of each image of x·weight, \[images, channels\]; `weight` 1 where there is none.
+pub(crate) fn pixel_sums(x: &Tensor<f64>, weight: Option<&Tensor<f64>>) -> Array2<f64> {
+    let shape = x.shape();
+    let mut sums = Array2::zeros((shape.n, shape.c));
+    for (i, value) in x.data().iter().enumerate() {
+        let factor = weight.map_or(1.0, |w| w.data()[i]);
+        sums[[i / (shape.h * shape.w * shape.c), i % shape.c]] += value * factor;
+    }
+    sums
 }

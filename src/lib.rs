@@ -2,7 +2,7 @@
 //!
 //! The crate holds every network of the family as data ([`model`]), the blocks with forward and backward written once
 //! against a trait of fused operations ([`nn`], [`backend`]), a CPU implementation of that trait which is the oracle of
-//! every kernel ([`reference`]), datasets and augmentation ([`data`]), and the training recipe with progressive
+//! every kernel ([`mod@reference`]), datasets and augmentation ([`data`]), and the training recipe with progressive
 //! learning ([`train`]).
 //!
 //! # Example

@@ -7,11 +7,17 @@
 
 pub mod head;
 pub mod input;
+mod operand;
 pub mod optimizer;
 mod raw;
 pub mod squeeze_excite;
+mod work;
+mod workspace;
 
+pub use operand::{Arrival, Debt, GradientView, Input, Statistics};
 pub use raw::{RawElement, RawView};
+pub use work::{Cost, Work};
+pub use workspace::Workspace;
 
 use crate::device::Family;
 

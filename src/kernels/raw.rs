@@ -2,26 +2,28 @@
 
 use crate::device::cudarc::driver::CudaView;
 use crate::device::{Element, Operands};
-use crate::tensor::{MAX_ELEMENTS, Shape};
+use crate::tensor::{Dtype, MAX_ELEMENTS, Shape};
 use crate::{Error, Result};
 use half::{bf16, f16};
 
 /// An element of a raw tensor.
 pub trait RawElement: Element {
+    /// Its type as a value.
+    const DTYPE: Dtype;
     /// The ending of its kernels' names.
-    const SUFFIX: &'static str;
+    const SUFFIX: &'static str = Self::DTYPE.suffix();
 }
 
 impl RawElement for f32 {
-    const SUFFIX: &'static str = "f32";
+    const DTYPE: Dtype = Dtype::F32;
 }
 
 impl RawElement for f16 {
-    const SUFFIX: &'static str = "f16";
+    const DTYPE: Dtype = Dtype::F16;
 }
 
 impl RawElement for bf16 {
-    const SUFFIX: &'static str = "bf16";
+    const DTYPE: Dtype = Dtype::Bf16;
 }
 
 /// z = scale·y + shift, with x̂ = (y − mean)·rstd.

@@ -14,7 +14,7 @@ pub mod squeeze_excite;
 mod work;
 mod workspace;
 
-pub use operand::{Arrival, Debt, GradientView, Input, Statistics};
+pub use operand::{Arrival, Debt, GradientOutput, GradientView, Input, Output, Statistics};
 pub use raw::{RawElement, RawView};
 pub use work::{Cost, Work};
 pub use workspace::Workspace;

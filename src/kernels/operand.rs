@@ -2,7 +2,7 @@
 
 use super::raw::RawElement;
 use crate::Result;
-use crate::backend::VarianceEstimator;
+use crate::backend::{Activation, VarianceEstimator};
 use crate::device::cudarc::driver::{CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr};
 use crate::device::{Argument, Operands};
 use crate::tensor::Shape;
@@ -182,6 +182,51 @@ impl Debt<'_, '_> {
             _pad: 0.0,
         }
     }
+}
+
+/// What a convolution does with its output before it is stored.
+#[derive(Debug)]
+pub enum Output<'a, 'b, T> {
+    /// Nothing.
+    Plain,
+    /// Nothing, and takes the moments of what is stored.
+    Moments(Statistics<'a, 'b>),
+    /// Inference: act(y + bias\[c\]) + skip, the normalisation being folded into weights and bias.
+    Folded {
+        /// \[c\].
+        bias: &'a CudaView<'b, f32>,
+        /// What follows the bias.
+        act: Activation,
+        /// Of the output's shape, added last.
+        skip: Option<&'a CudaView<'b, T>>,
+    },
+}
+
+/// What a convolution's backward does with the gradient of its input before it is stored.
+#[derive(Debug)]
+pub enum GradientOutput<'a, 'b, T> {
+    /// dx + skip.
+    Plain {
+        /// Of the input's shape.
+        skip: Option<&'a CudaView<'b, T>>,
+    },
+    /// The input was SiLU(z), z = norm(y): stores dz = dx·SiLU'(z), and takes the sums of dz (before it is rounded) and dz·x̂.
+    Silu {
+        /// The raw output that the input was made of.
+        y: &'a CudaView<'b, T>,
+        /// Its normalisation, and what becomes of the sums.
+        debt: Debt<'a, 'b>,
+    },
+    /// The input was SiLU(z)·gate: stores dx, and takes for each image and channel the five sums of
+    /// [`SqueezeExcite::backward_sums`](super::squeeze_excite::SqueezeExcite::backward_sums).
+    Gated {
+        /// The raw output that the input was made of.
+        y: &'a CudaView<'b, T>,
+        /// Its normalisation, \[4, c\].
+        norm: &'a CudaView<'b, f32>,
+        /// \[5, n, c\], written.
+        sums: &'a mut CudaViewMut<'b, f32>,
+    },
 }
 
 /// `NormFinish` of `kernels/include/batch_norm.cuh`. Addresses of 0 are null pointers.

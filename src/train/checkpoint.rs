@@ -191,8 +191,8 @@ impl Checkpoint {
 
     fn buffers<F: Real>(&self, layout: &Layout, set: WeightSet) -> Result<(Vec<F>, Vec<F>)> {
         let name = |prefix: &str, name: &str| Some(format!("{prefix}{name}"));
-        let mut params = vec![F::zero(); layout.param_count()];
-        let mut stats = vec![F::zero(); layout.stat_count()];
+        let mut params = vec![F::zero(); layout.param_buffer()];
+        let mut stats = vec![F::zero(); layout.stat_buffer()];
         self.file.load(&layout.params, &mut params, |e| name(set.prefix(), &e.name))?;
         self.file.load(&layout.stats, &mut stats, |e| name(set.prefix(), &e.name))?;
         Ok((params, stats))
@@ -220,10 +220,10 @@ impl Checkpoint {
     pub fn state<B: Backend>(&self, backend: &B, network: &Network) -> Result<State<B>> {
         let layout = network.layout();
         let mut vars = self.weights(backend, network, WeightSet::Raw)?;
-        vars.grads = backend.buffer(vec![B::Element::of(0.0); layout.param_count()])?;
+        vars.grads = backend.buffer(vec![B::Element::of(0.0); layout.param_buffer()])?;
         let average = self.weights(backend, network, WeightSet::Ema)?;
         let slot = |slot: &crate::optimizer::Slot| {
-            let mut values = vec![B::Element::of(0.0); layout.param_count()];
+            let mut values = vec![B::Element::of(0.0); layout.param_buffer()];
             let prefix = slot_prefix(slot.name);
             self.file.load(&layout.params, &mut values, |e| Some(format!("{prefix}{}", e.name)))?;
             backend.buffer(values)

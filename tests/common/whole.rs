@@ -70,7 +70,7 @@ impl Whole {
         Variables {
             params: values[..self.images.start].to_vec(),
             grads: vec![F::zero(); self.images.start],
-            stats: vec![F::one(); self.network.layout().stat_count()],
+            stats: vec![F::one(); self.network.layout().stat_buffer()],
         }
     }
 
@@ -122,6 +122,7 @@ impl Whole {
         let dx = self.network.backward_to_images(&mut backend, pass, &mut vars)?;
         let mut grads = vars.grads;
         grads.extend_from_slice(dx.data());
+        grads.resize(self.table.len(), F::zero());
         Ok(Run { logits, loss, grads, stats: vars.stats })
     }
 

@@ -268,7 +268,9 @@ pub struct PassKind {
 pub struct Memory {
     /// Bytes it needs at most.
     pub needed: usize,
-    /// Bytes there are for it.
+    /// Bytes of the flat buffers that it works on.
+    pub buffers: usize,
+    /// Bytes there are.
     pub available: usize,
 }
 
@@ -392,12 +394,18 @@ pub trait Backend: Sized {
     /// of two, gradients that f16 would round to zero survive; the update undoes it.
     fn set_loss_scale(&mut self, scale: f64);
 
-    /// Sets how the weights move in the next [`update`](Self::update); `kernels` are the ranges that weight decay applies
-    /// to.
+    /// Sets how the weights, a buffer of `parameters`, move in the next [`update`](Self::update); `kernels` are the ranges
+    /// that weight decay applies to.
     ///
     /// # Errors
     /// When the rule's constants are out of range, or the ranges do not fit.
-    fn begin_update(&mut self, rule: Rule, scalars: &Scalars, kernels: &[Range<usize>]) -> Result<()>;
+    fn begin_update(
+        &mut self,
+        rule: Rule,
+        scalars: &Scalars,
+        parameters: usize,
+        kernels: &[Range<usize>],
+    ) -> Result<()>;
 
     /// Does `work`, which must do the same for every state whenever `kind` is the same. A device may record it the first
     /// time, and from then on replay it.

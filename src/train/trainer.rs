@@ -148,7 +148,7 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// What the device says.
     pub fn largest_batch(&self) -> Result<Option<usize>> {
-        largest_batch(&self.backend, &self.description.config, &self.network)
+        largest_batch(&self.backend, &self.description.config, &self.network, true)
     }
 
     /// Trains to the end: an epoch at a time, each followed by an evaluation and a checkpoint. Returns the last scores of
@@ -333,7 +333,13 @@ impl<B: Backend> Trainer<B> {
                     loss_scale: scale * f64::from(passes),
                     max_norm: config.max_gradient_norm,
                 };
-                backend.begin_update(config.optimizer, &scalars, &network.layout().decayed())?;
+                let layout = network.layout();
+                backend.begin_update(
+                    config.optimizer,
+                    &scalars,
+                    layout.param_buffer(),
+                    &layout.decayed(),
+                )?;
             }
             let (images, side, first) = (batch.len(), batch.size, passes == 1);
             let kind = PassKind { images, side, dropout, first, last };
@@ -480,8 +486,8 @@ impl<'a> Passes<'a> {
     }
 }
 
-/// The largest number of images a pass for which `backend` has memory; none if not even one fits, or nothing limits it but
-/// the machine's memory.
+/// The largest number of images a pass for which `backend` has memory, beside a [`State`] unless it `has_state` already;
+/// none if not even one fits, or nothing limits it but the machine's memory.
 ///
 /// # Errors
 /// What the device says.
@@ -489,12 +495,15 @@ pub fn largest_batch<B: Backend>(
     backend: &B,
     config: &TrainConfig,
     network: &Network,
+    has_state: bool,
 ) -> Result<Option<usize>> {
     let passes = Passes::new(config, network)?;
     let fits = |images: usize| {
         let memory = backend.memory(|backend| passes.rehearse(backend, images));
         match memory {
-            Ok(memory) => Ok(memory.map(|Memory { needed, available }| needed <= available)),
+            Ok(memory) => Ok(memory.map(|Memory { needed, buffers, available }| {
+                needed + if has_state { 0 } else { buffers } <= available
+            })),
             // More elements than an index can count.
             Err(Error::Shape { .. }) => Ok(Some(false)),
             Err(error) => Err(error),

@@ -9,8 +9,8 @@
 // A kernel that makes y or g cuts the pixels into `blocks` runs and leaves two numbers of each run and channel:
 //   partial[(run * 2 + k) * channels + channel],
 // k = 0 and 1 being mean and sum of squared deviations from it (forward), or the sums of g and of g xhat (backward).
-// Forward, behind them, partial[2 * blocks * channels + run] is the number of pixels in the run. Everything is added in a
-// fixed order.
+// Forward, behind them, partial[2 * blocks * channels + run] is the number of pixels in the run, unless the kernel knows
+// it anyway. Everything is added in a fixed order.
 #pragma once
 
 #include "platform.cuh"
@@ -78,13 +78,13 @@ __device__ __forceinline__ float sum_runs(unsigned runs, Term term, float (&shar
 } // namespace batch_norm_detail
 
 /// By the last block, with all its `threads` threads: from the partial moments of channels first .. first + width - 1
-/// (those that exist) their norm and running statistics.
-template <unsigned threads>
+/// (those that exist) their norm and running statistics. `count_of(run)`: its pixels.
+template <unsigned threads, class Count>
 __device__ __forceinline__ void finish_moments(const float* partial, unsigned runs, unsigned channels,
-                                               unsigned first, unsigned width, const NormFinish& to) {
+                                               unsigned first, unsigned width, const NormFinish& to,
+                                               Count count_of) {
     using namespace batch_norm_detail;
     __shared__ float shared[threads / columns][columns];
-    const float* counts = partial + 2 * runs * channels;
     for (unsigned base = first; base < first + width && base < channels; base += columns) {
         const unsigned channel = base + threadIdx.x % columns;
         const bool inside = channel < channels && channel < first + width;
@@ -92,15 +92,15 @@ __device__ __forceinline__ void finish_moments(const float* partial, unsigned ru
         const auto mean_of = [&](unsigned run) { return __ldcg(partial + run * 2 * channels + safe); };
         const float pivot = mean_of(0);
         const float pixels =
-            sum_runs<threads>(runs, [&](unsigned run) { return __ldcg(counts + run); }, shared);
+            sum_runs<threads>(runs, [&](unsigned run) { return count_of(run); }, shared);
         const float offset = sum_runs<threads>(
-            runs, [&](unsigned run) { return __ldcg(counts + run) * (mean_of(run) - pivot); }, shared);
+            runs, [&](unsigned run) { return count_of(run) * (mean_of(run) - pivot); }, shared);
         const float mean = pivot + offset / pixels;
         const float deviations = sum_runs<threads>(
             runs,
             [&](unsigned run) {
                 const float d = mean_of(run) - mean;
-                return __ldcg(partial + (run * 2 + 1) * channels + safe) + __ldcg(counts + run) * (d * d);
+                return __ldcg(partial + (run * 2 + 1) * channels + safe) + count_of(run) * (d * d);
             },
             shared);
         if (!inside || threadIdx.x >= columns) continue;
@@ -115,6 +115,15 @@ __device__ __forceinline__ void finish_moments(const float* partial, unsigned ru
         running_mean += to.momentum * (mean - running_mean);
         running_var += to.momentum * (variance * to.correction - running_var);
     }
+}
+
+/// The same where the numbers of pixels lie behind the moments.
+template <unsigned threads>
+__device__ __forceinline__ void finish_moments(const float* partial, unsigned runs, unsigned channels,
+                                               unsigned first, unsigned width, const NormFinish& to) {
+    const float* counts = partial + 2 * runs * channels;
+    finish_moments<threads>(partial, runs, channels, first, width, to,
+                            [=](unsigned run) { return __ldcg(counts + run); });
 }
 
 /// By the last block, with all its `threads` threads: from the partial sums of channels first .. first + width - 1 (those

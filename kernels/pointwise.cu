@@ -73,28 +73,23 @@ struct WeightGrid {
     unsigned steps, splits, row_tiles, column_tiles;
 };
 
-/// Stores a tile of dW: added to it, or as a partial result.
+/// Stores a tile of dW: added to it, or as the block's partial result.
 template <class Tile> struct WeightEpilogue {
-    struct Extra {
-        Pack8<float> before;
-    };
-    float* to;
+    struct Extra {};
+    float *dweight, *partial;
     unsigned height, width;
     bool add;
 
-    __device__ __forceinline__ Extra prefetch(unsigned row, unsigned column) const {
-        Extra extra{};
-        if (add && row < height && column < width) extra.before = load_pack(to + row * width + column);
-        return extra;
-    }
-    __device__ __forceinline__ void store(unsigned row, unsigned column, float (&x)[8], const Extra& extra) {
-        if (!add) return store8(to + row % Tile::bm * Tile::bn + column % Tile::bn, x);
+    __device__ __forceinline__ Extra prefetch(unsigned, unsigned) const { return {}; }
+    __device__ __forceinline__ void store(unsigned row, unsigned column, float (&x)[8], const Extra&) {
+        if (!add)
+            return store8(partial + (blockIdx.x * Tile::bm + row % Tile::bm) * Tile::bn + column % Tile::bn, x);
         if (row >= height || column >= width) return;
         float before[8];
-        unpack8(extra.before, before);
+        load8(dweight + row * width + column, before);
 #pragma unroll
         for (unsigned j = 0; j < 8; ++j) x[j] += before[j];
-        store8(to + row * width + column, x);
+        store8(dweight + row * width + column, x);
     }
 };
 
@@ -112,32 +107,25 @@ __device__ __forceinline__ float4 sum_partial(const float* partial, unsigned cou
     return sum;
 }
 
-template <class Tile, class T>
-__device__ __forceinline__ void wgrad(GemmGradient<T> dy, GemmInput<T> x, float* dweight, const WeightGrid& grid,
-                                      float* partial, unsigned* counters) {
+/// Adds the partial tiles of all splits to dW.
+template <class Tile>
+__device__ __forceinline__ void add_partial(float* dweight, unsigned outputs, unsigned inputs, const WeightGrid& grid,
+                                            float* partial, unsigned* counters) {
     constexpr unsigned elements = Tile::bm * Tile::bn;
-    const unsigned tiles = grid.row_tiles * grid.column_tiles, outputs = dy.width, inputs = x.width;
-    const unsigned tile = blockIdx.x % tiles, split = blockIdx.x / tiles;
-    const unsigned first_row = tile / grid.column_tiles * Tile::bm, first_column = tile % grid.column_tiles * Tile::bn;
-    const unsigned first = split * grid.steps * Tile::bk, end = min(dy.height, first + grid.steps * Tile::bk);
-    dy.height = x.height = end;
-    const GemmWalk walk{first_row, 1, first_column, first, (end - first + Tile::bk - 1) / Tile::bk};
-    const bool alone = grid.splits == 1;
-    float* const own = partial + (split * tiles + tile) * elements;
-    WeightEpilogue<Tile> epilogue{alone ? dweight : own, outputs, inputs, alone};
-    gemm<Tile, Major::rows, Major::rows>(dy, x, walk, epilogue);
-    if (alone) return;
-
+    const unsigned tiles = grid.row_tiles * grid.column_tiles, tile = blockIdx.x % tiles, split = blockIdx.x / tiles;
     const unsigned groups = (grid.splits + radix - 1) / radix, group = split / radix;
     const unsigned members = min(radix, grid.splits - group * radix);
     const auto each = [&](auto use) {
-        for (unsigned e = threadIdx.x * 4; e < elements; e += Tile::threads * 4)
-            if (first_row + e / Tile::bn < outputs && first_column + e % Tile::bn < inputs) use(e);
+        const unsigned first_row = tile / grid.column_tiles * Tile::bm;
+        const unsigned first_column = tile % grid.column_tiles * Tile::bn;
+        for (unsigned e = threadIdx.x * 4; e < elements; e += Tile::threads * 4) {
+            const unsigned row = first_row + e / Tile::bn, column = first_column + e % Tile::bn;
+            if (row < outputs && column < inputs) use(e, dweight + row * inputs + column);
+        }
     };
     const auto add = [&](unsigned step, unsigned count) {
-        each([&](unsigned e) {
+        each([&](unsigned e, float* to) {
             const float4 sum = sum_partial(partial + tile * elements + e, count, step * tiles * elements);
-            float* to = dweight + (first_row + e / Tile::bn) * inputs + first_column + e % Tile::bn;
             const float4 before = load16<float4>(to);
             store16(to, make_float4(before.x + sum.x, before.y + sum.y, before.z + sum.z, before.w + sum.w));
         });
@@ -145,8 +133,22 @@ __device__ __forceinline__ void wgrad(GemmGradient<T> dy, GemmInput<T> x, float*
     if (!is_last_block(counters + tile * groups + group, members)) return;
     if (groups == 1) return add(1, members);
     float* const of_group = partial + (group * radix * tiles + tile) * elements;
-    each([&](unsigned e) { store16(of_group + e, sum_partial(of_group + e, members, tiles * elements)); });
+    each([&](unsigned e, float*) { store16(of_group + e, sum_partial(of_group + e, members, tiles * elements)); });
     if (is_last_block(counters + tiles * groups + tile, groups)) add(radix, groups);
+}
+
+template <class Tile, class T>
+__device__ __forceinline__ void wgrad(GemmGradient<T> dy, GemmInput<T> x, float* dweight, const WeightGrid& grid,
+                                      float* partial, unsigned* counters) {
+    const unsigned tiles = grid.row_tiles * grid.column_tiles, outputs = dy.width, inputs = x.width;
+    const unsigned tile = blockIdx.x % tiles, first = blockIdx.x / tiles * grid.steps * Tile::bk;
+    const unsigned end = min(dy.height, first + grid.steps * Tile::bk);
+    dy.height = x.height = end;
+    const GemmWalk walk{tile / grid.column_tiles * Tile::bm, 1, tile % grid.column_tiles * Tile::bn, first,
+                        (end - first + Tile::bk - 1) / Tile::bk};
+    WeightEpilogue<Tile> epilogue{dweight, partial, outputs, inputs, grid.splits == 1};
+    gemm<Tile, Major::rows, Major::rows>(dy, x, walk, epilogue);
+    if (grid.splits > 1) add_partial<Tile>(dweight, outputs, inputs, grid, partial, counters);
 }
 
 /// A column for each of 32 threads, its rows over 8.

@@ -24,21 +24,21 @@
 //     const T* base(unsigned source) const;
 //     static constexpr bool may_transform;            // if not, the rest is not needed
 //     bool transforms() const;                        // the same for all threads
-//     struct Columns;                                 // what transform needs of Tile::chunk columns, if anything
+//     struct Columns;                                 // what transform needs of the 4 columns from c on, if anything
 //     Columns columns(unsigned c) const;              // c may be out of range: then anything may be returned
-//     void transform(float (&x)[chunk], const float (&second)[chunk], const Row&, const Columns&) const;
+//     void transform(float (&x)[4], const float (&second)[4], const Row&, const Columns&) const;
 //
-// row() is asked once for each row tile where r is a row of the operand, and in every step where it is a k; place() and
-// columns() in every step. Everything comes by cp.async, `stages - 1` steps ahead, without a register held; a loader that
+// row() is asked once for each row tile where r is a row of the operand, and in every step where it is a k or the loader
+// transforms; place() and columns() in every step. Everything comes by cp.async, `stages - 1` steps ahead, without a register held; a loader that
 // transforms does it in shared memory one step before the product, each thread the pieces that it fetched, so that no
 // barrier is added and a value is made once for a block. What is outside stays zero: transform() never sees it.
 // GemmMatrix below is the loader of a plain matrix.
 //
-// Epilogues. A warp turns 16 rows of its part of the tile through its own piece of shared memory, after which a lane has
-// eight neighbouring columns of a row, so that all global accesses are of 16 bytes:
+// Epilogues. A warp turns its part of the tile, 16 or 8 rows at a time, through its own piece of shared memory, after which
+// a lane has eight neighbouring columns of a row, so that all global accesses are of 16 bytes:
 //
 //     struct Extra;                                              // what else is read for these eight, or empty
-//     Extra prefetch(unsigned row, unsigned column) const;       // issued before the turn
+//     Extra prefetch(unsigned row, unsigned column) const;       // issued before x is there
 //     void store(unsigned row, unsigned column, float (&x)[8], const Extra&);
 //
 // for row and column in C, by all lanes of a warp together, also where they are outside: the epilogue checks. In all tiles
@@ -65,8 +65,8 @@ struct GemmTile {
     static constexpr unsigned wm = bm / warps_m, wn = bn / warps_n;
     static constexpr unsigned fragments_m = wm / 16, fragments_n = wn / 8;
     static_assert(bm % (16 * warps_m) == 0 && bn % (16 * warps_n) == 0 && bm >= 64 && bn >= 64 && stages >= 2);
-    /// A warp's piece for the turn: 16 rows, 8 floats apart from a multiple of 32 banks.
-    static constexpr unsigned turn_pitch = wn + 8, turn_floats = 16 * turn_pitch;
+    /// A warp's piece for the turn: 16 or 8 rows, 8 floats apart from a multiple of 32 banks.
+    static constexpr unsigned turn_rows = wn < 64 ? 16 : 8, turn_pitch = wn + 8, turn_floats = turn_rows * turn_pitch;
 };
 
 /// Where 16 bytes lie, and whether they exist.
@@ -129,14 +129,20 @@ struct FastDivisor {
 
 namespace gemm_detail {
 
-/// Tile::chunk numbers from or to shared memory.
-template <class T> __device__ __forceinline__ void load_chunk(const T* from, float (&x)[8]) { load8(from, x); }
-__device__ __forceinline__ void load_chunk(const float* from, float (&x)[4]) {
+/// Four elements from or to shared memory.
+template <class T> __device__ __forceinline__ void load4(const T* from, float (&x)[4]) {
+    const uint2 bits = *reinterpret_cast<const uint2*>(from);
+    const float2 low = unpack2<T>(bits.x), high = unpack2<T>(bits.y);
+    x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
+}
+__device__ __forceinline__ void load4(const float* from, float (&x)[4]) {
     const float4 v = load16<float4>(from);
     x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
 }
-template <class T> __device__ __forceinline__ void store_chunk(T* to, const float (&x)[8]) { store8(to, x); }
-__device__ __forceinline__ void store_chunk(float* to, const float (&x)[4]) {
+template <class T> __device__ __forceinline__ void store4(T* to, const float (&x)[4]) {
+    *reinterpret_cast<uint2*>(to) = make_uint2(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]));
+}
+__device__ __forceinline__ void store4(float* to, const float (&x)[4]) {
     store16(to, make_float4(x[0], x[1], x[2], x[3]));
 }
 
@@ -151,8 +157,8 @@ template <class Tile, Major major, unsigned width, class Loader> struct Operand 
     static_assert(Tile::threads % across == 0 && down % step == 0, "every thread fetches as much");
 
     const Loader& loader;
-    /// Of the tile that is being fetched and of the one that is being transformed, where rows are the operand's.
-    Row fetched[major == Major::k ? count : 1], ready[major == Major::k ? count : 1];
+    /// Of the tile that is being fetched, where memory rows are the operand's.
+    Row fetched[major == Major::k ? count : 1];
 
     __device__ __forceinline__ explicit Operand(const Loader& l) : loader(l) {}
 
@@ -161,10 +167,10 @@ template <class Tile, Major major, unsigned width, class Loader> struct Operand 
         return (r * across + (major == Major::k ? c ^ (r / 2 % 4) : c ^ (r % 8))) * chunk;
     }
 
-    __device__ __forceinline__ void enter(Row (&rows)[major == Major::k ? count : 1], unsigned first) {
+    __device__ __forceinline__ void enter(unsigned first) {
         if constexpr (major == Major::k)
 #pragma unroll
-            for (unsigned i = 0; i < count; ++i) rows[i] = loader.row(first + threadIdx.x / across + i * step);
+            for (unsigned i = 0; i < count; ++i) fetched[i] = row(first, 0, i);
     }
 
     /// `first` is the operand's first row, `k` that of the step.
@@ -173,8 +179,8 @@ template <class Tile, Major major, unsigned width, class Loader> struct Operand 
         const unsigned column = (major == Major::k ? k : first) + c * chunk;
 #pragma unroll
         for (unsigned i = 0; i < count; ++i) {
-            const Row row = row_of(fetched, i, k + r + i * step);
-            const GemmPlace place = loader.place(row, column);
+            const Row own = major == Major::k ? fetched[major == Major::k ? i : 0] : row(first, k, i);
+            const GemmPlace place = loader.place(own, column);
             T* to = stage + at(r + i * step, c);
 #pragma unroll
             for (unsigned s = 0; s < Loader::sources; ++s)
@@ -188,37 +194,39 @@ template <class Tile, Major major, unsigned width, class Loader> struct Operand 
             if (!loader.transforms()) return;
             const unsigned c = threadIdx.x % across, r = threadIdx.x / across;
             const unsigned column = (major == Major::k ? k : first) + c * chunk;
-            const typename Loader::Columns columns = loader.columns(column);
+            // Four columns at a time, one after the other, for the registers; every other eight lanes begin with the last.
+#pragma unroll 1
+            for (unsigned four = 0; four < chunk; four += 4) {
+                const unsigned at_column = chunk == 4 ? 0 : four ^ (threadIdx.x / 2 & 4);
+                const typename Loader::Columns columns = loader.columns(column + at_column);
 #pragma unroll
-            for (unsigned i = 0; i < count; ++i) {
-                const Row row = row_of(ready, i, k + r + i * step);
-                if (!loader.place(row, column).inside) continue;
-                T* piece = stage + at(r + i * step, c);
-                float x[chunk], second[chunk];
-                load_chunk(piece, x);
-                if constexpr (Loader::sources == 2) load_chunk(piece + elements, second);
-                loader.transform(x, second, row, columns);
-                store_chunk(piece, x);
+                for (unsigned i = 0; i < count; ++i) {
+                    const Row own = row(first, k, i);
+                    if (!loader.place(own, column).inside) continue;
+                    T* piece = stage + at(r + i * step, c) + at_column;
+                    float x[4], second[4];
+                    load4(piece, x);
+                    if constexpr (Loader::sources == 2) load4(piece + elements, second);
+                    loader.transform(x, second, own, columns);
+                    store4(piece, x);
+                }
             }
         }
     }
 
   private:
-    __device__ __forceinline__ Row row_of(const Row (&rows)[major == Major::k ? count : 1], unsigned i, unsigned k) {
-        if constexpr (major == Major::k)
-            return rows[i];
-        else
-            return loader.row(k);
+    /// Of this thread's piece `i`.
+    __device__ __forceinline__ Row row(unsigned first, unsigned k, unsigned i) const {
+        return loader.row((major == Major::k ? first : k) + threadIdx.x / across + i * step);
     }
 };
 
-/// The step and tile that one part of the pipeline has come to.
+/// A step of a tile.
 struct Cursor {
-    unsigned tile = 0, step = 0, stage = 0;
+    unsigned tile = 0, step = 0;
 
-    template <unsigned stages> __device__ __forceinline__ void advance(unsigned k_steps) {
-        if (++step == k_steps) step = 0, ++tile;
-        if (++stage == stages) stage = 0;
+    __device__ __forceinline__ Cursor next(unsigned k_steps) const {
+        return step + 1 == k_steps ? Cursor{tile + 1, 0} : Cursor{tile, step + 1};
     }
 };
 
@@ -233,16 +241,7 @@ __device__ __forceinline__ void multiply(const typename Tile::T* a, const typena
     if constexpr (sizeof(T) == 2) {
 #pragma unroll
         for (unsigned k = 0; k < Tile::bk; k += 16) {
-            uint32_t rows[Tile::fragments_m][4];
-#pragma unroll
-            for (unsigned i = 0; i < Tile::fragments_m; ++i) {
-                const unsigned row = m + 16 * i;
-                // Matrices: rows 0.. and 8.. of k 0.., then of k 8...
-                if constexpr (a_major == Major::k)
-                    ldmatrix<4>(rows[i], a + A::at(row + matrix % 2 * 8 + r, k / 8 + matrix / 2));
-                else
-                    ldmatrix_trans<4>(rows[i], a + A::at(k + matrix / 2 * 8 + r, row / 8 + matrix % 2));
-            }
+            uint32_t columns[Tile::fragments_n][2];
 #pragma unroll
             for (unsigned j = 0; j < Tile::fragments_n; j += 2) {
                 const unsigned column = n + 8 * j;
@@ -252,13 +251,21 @@ __device__ __forceinline__ void multiply(const typename Tile::T* a, const typena
                     ldmatrix<4>(both, b + B::at(column + matrix / 2 * 8 + r, k / 8 + matrix % 2));
                 else
                     ldmatrix_trans<4>(both, b + B::at(k + matrix % 2 * 8 + r, column / 8 + matrix / 2));
+                columns[j][0] = both[0], columns[j][1] = both[1];
+                columns[j + 1][0] = both[2], columns[j + 1][1] = both[3];
+            }
 #pragma unroll
-                for (unsigned h = 0; h < 2; ++h) {
-                    const uint32_t columns[2] = {both[2 * h], both[2 * h + 1]};
+            for (unsigned i = 0; i < Tile::fragments_m; ++i) {
+                const unsigned row = m + 16 * i;
+                // Matrices: rows 0.. and 8.. of k 0.., then of k 8...
+                uint32_t rows[4];
+                if constexpr (a_major == Major::k)
+                    ldmatrix<4>(rows, a + A::at(row + matrix % 2 * 8 + r, k / 8 + matrix / 2));
+                else
+                    ldmatrix_trans<4>(rows, a + A::at(k + matrix / 2 * 8 + r, row / 8 + matrix % 2));
 #pragma unroll
-                    for (unsigned i = 0; i < Tile::fragments_m; ++i)
-                        mma_m16n8k16<T>(acc[i][j + h], rows[i], columns, acc[i][j + h]);
-                }
+                for (unsigned j = 0; j < Tile::fragments_n; ++j)
+                    mma_m16n8k16<T>(acc[i][j], rows, columns[j], acc[i][j]);
             }
         }
     } else {
@@ -271,7 +278,7 @@ __device__ __forceinline__ void multiply(const typename Tile::T* a, const typena
             for (unsigned i = 0; i < 2 * Tile::fragments_m; ++i) {
                 const unsigned row = m + 8 * i + g;
                 if constexpr (a_major == Major::k)
-                    load_chunk(a + A::at(row, k / 4), rows[i]);
+                    load4(a + A::at(row, k / 4), rows[i]);
                 else
 #pragma unroll
                     for (unsigned q = 0; q < 4; ++q) rows[i][q] = a[A::at(k + q, row / 4) + row % 4];
@@ -281,7 +288,7 @@ __device__ __forceinline__ void multiply(const typename Tile::T* a, const typena
                 const unsigned column = n + j / 2 * 8 + 2 * t + j % 2;
                 float columns[4];
                 if constexpr (b_major == Major::k)
-                    load_chunk(b + B::at(column, k / 4), columns);
+                    load4(b + B::at(column, k / 4), columns);
                 else
 #pragma unroll
                     for (unsigned q = 0; q < 4; ++q) columns[q] = b[B::at(k + q, column / 4) + column % 4];
@@ -295,7 +302,7 @@ __device__ __forceinline__ void multiply(const typename Tile::T* a, const typena
     }
 }
 
-/// Hands the tile whose first row is `first_row` to the epilogue, 16 rows of a warp at a time.
+/// Hands the tile whose first row is `first_row` to the epilogue, turn_rows rows of a warp at a time.
 template <class Tile, class Epilogue>
 __device__ __forceinline__ void turn(float* memory, const float (&acc)[Tile::fragments_m][Tile::fragments_n][4],
                                      unsigned first_row, unsigned first_column, Epilogue& epilogue) {
@@ -305,20 +312,22 @@ __device__ __forceinline__ void turn(float* memory, const float (&acc)[Tile::fra
     const unsigned g = thread.lane / 4, t = thread.lane % 4;
     const unsigned r = thread.lane / Thread::groups, c = thread.lane % Thread::groups * 8;
     const unsigned column = first_column + thread.column;
+    constexpr unsigned eights = Tile::turn_rows / 8, count = Tile::turn_rows / Thread::rows;
 #pragma unroll
-    for (unsigned i = 0; i < Tile::fragments_m; ++i) {
-        constexpr unsigned count = 16 / Thread::rows;
-        const unsigned row = first_row + thread.warp_m * Tile::wm + 16 * i + r;
+    for (unsigned i = 0; i < 2 * Tile::fragments_m; i += eights) {
+        const unsigned row = first_row + thread.warp_m * Tile::wm + 8 * i + r;
+        __syncwarp();
+#pragma unroll
+        for (unsigned j = 0; j < Tile::fragments_n; ++j)
+#pragma unroll
+            for (unsigned h = 0; h < eights; ++h) {
+                const unsigned half = (i + h) % 2 * 2;
+                float* to = piece + (8 * h + g) * Tile::turn_pitch + 8 * j + 2 * t;
+                *reinterpret_cast<float2*>(to) = make_float2(acc[i / 2][j][half], acc[i / 2][j][half + 1]);
+            }
         typename Epilogue::Extra extra[count];
 #pragma unroll
         for (unsigned h = 0; h < count; ++h) extra[h] = epilogue.prefetch(row + h * Thread::rows, column);
-        __syncwarp();
-#pragma unroll
-        for (unsigned j = 0; j < Tile::fragments_n; ++j) {
-            float* to = piece + g * Tile::turn_pitch + 8 * j + 2 * t;
-            *reinterpret_cast<float2*>(to) = make_float2(acc[i][j][0], acc[i][j][1]);
-            *reinterpret_cast<float2*>(to + 8 * Tile::turn_pitch) = make_float2(acc[i][j][2], acc[i][j][3]);
-        }
         __syncwarp();
 #pragma unroll
         for (unsigned h = 0; h < count; ++h) {
@@ -347,41 +356,39 @@ __device__ __forceinline__ void gemm(const A& a, const B& b, const GemmWalk& wal
     const auto first_row = [&](const Cursor& at) { return walk.first_row + at.tile * Tile::bm; };
     const auto first_k = [&](const Cursor& at) { return walk.first_k + at.step * Tile::bk; };
 
-    Cursor fetched, ready, done;
-    columns.enter(columns.fetched, walk.first_column);
-    columns.enter(columns.ready, walk.first_column);
-    const auto fetch = [&] {
+    columns.enter(walk.first_column);
+    Cursor fetched, done;
+    const auto fetch = [&](unsigned slot) {
         if (fetched.tile < walk.tiles) {
-            if (fetched.step == 0) rows.enter(rows.fetched, first_row(fetched));
-            T* stage = pipeline + fetched.stage * Memory::stage_elements;
+            if (fetched.step == 0) rows.enter(first_row(fetched));
+            T* stage = pipeline + slot * Memory::stage_elements;
             rows.fetch(stage, first_row(fetched), first_k(fetched));
             columns.fetch(stage + b_begin, walk.first_column, first_k(fetched));
+            fetched = fetched.next(walk.k_steps);
         }
-        fetched.template advance<stages>(walk.k_steps);
         cp_async_commit_group();
     };
-    const auto transform = [&] {
+    const auto transform = [&](const Cursor& at, unsigned slot) {
         cp_async_wait_group<int(stages) - 2>();
-        if (ready.tile < walk.tiles) {
-            if (ready.step == 0) rows.enter(rows.ready, first_row(ready));
-            T* stage = pipeline + ready.stage * Memory::stage_elements;
-            rows.transform(stage, first_row(ready), first_k(ready));
-            columns.transform(stage + b_begin, walk.first_column, first_k(ready));
-        }
-        ready.template advance<stages>(walk.k_steps);
+        if (at.tile == walk.tiles) return;
+        T* stage = pipeline + slot * Memory::stage_elements;
+        rows.transform(stage, first_row(at), first_k(at));
+        columns.transform(stage + b_begin, walk.first_column, first_k(at));
     };
 
     float acc[Tile::fragments_m][Tile::fragments_n][4] = {};
 #pragma unroll
-    for (unsigned s = 0; s + 1 < stages; ++s) fetch();
-    transform();
+    for (unsigned s = 0; s + 1 < stages; ++s) fetch(s);
+    transform(done, 0);
+    unsigned slot = 0;
     while (done.tile < walk.tiles) {
         // All threads have brought this step, and are through with the one before, whose memory is fetched into next.
         __syncthreads();
-        fetch();
-        const T* stage = pipeline + done.stage * Memory::stage_elements;
+        fetch(slot == 0 ? stages - 1 : slot - 1);
+        const T* stage = pipeline + slot * Memory::stage_elements;
         multiply<Tile, a_major, b_major, RowsOf, ColumnsOf>(stage, stage + b_begin, acc);
-        if (done.step + 1 == walk.k_steps) {
+        const Cursor next = done.next(walk.k_steps);
+        if (next.step == 0) {
             turn<Tile>(turned, acc, first_row(done), walk.first_column, epilogue);
 #pragma unroll
             for (auto& fragments : acc)
@@ -390,8 +397,9 @@ __device__ __forceinline__ void gemm(const A& a, const B& b, const GemmWalk& wal
 #pragma unroll
                     for (float& sum : fragment) sum = 0.0f;
         }
-        transform();
-        done.template advance<stages>(walk.k_steps);
+        done = next;
+        if (++slot == stages) slot = 0;
+        transform(done, slot);
     }
 }
 

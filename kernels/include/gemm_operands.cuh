@@ -5,24 +5,21 @@
 #include "activation.cuh"
 #include "gemm.cuh"
 
-/// `count` numbers, aligned to 16 bytes, that the kernel only reads.
-template <unsigned count> __device__ __forceinline__ void load_vector(const float* from, float (&x)[count]) {
-#pragma unroll
-    for (unsigned i = 0; i < count; i += 4) {
-        const float4 v = load16<float4, Cache::read_only>(from + i);
-        x[i] = v.x, x[i + 1] = v.y, x[i + 2] = v.z, x[i + 3] = v.w;
-    }
+/// Four numbers, aligned to 16 bytes.
+__device__ __forceinline__ void load_vector(const float* from, float (&x)[4]) {
+    const float4 v = load16<float4, Cache::read_only>(from);
+    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
 }
 
-/// What a column of an input is normalised with.
-template <unsigned chunk> struct NormColumns {
-    float scale[chunk], shift[chunk];
+/// What four columns of an input are normalised with.
+struct NormColumns {
+    float scale[4], shift[4];
     unsigned column;
 };
 
 /// x [height, width] as it is, or with `norm` [4, width] SiLU(scale x + shift), with `gate` [images, width] times that.
 template <class T> struct GemmInput {
-    static constexpr unsigned sources = 1, chunk = 16 / sizeof(T);
+    static constexpr unsigned sources = 1;
     static constexpr bool may_transform = true;
     const T* data;
     const float *norm, *gate;
@@ -33,7 +30,7 @@ template <class T> struct GemmInput {
         unsigned offset, gate;
         bool inside;
     };
-    using Columns = NormColumns<chunk>;
+    using Columns = NormColumns;
 
     __device__ __forceinline__ Row row(unsigned r) const {
         return {r * width, gate ? pixels.quotient(r) * width : 0, r < height};
@@ -52,27 +49,27 @@ template <class T> struct GemmInput {
         load_vector(norm + width + column, v.shift);
         return v;
     }
-    __device__ __forceinline__ void transform(float (&x)[chunk], const float (&)[chunk], const Row& row,
+    __device__ __forceinline__ void transform(float (&x)[4], const float (&)[4], const Row& row,
                                               const Columns& v) const {
 #pragma unroll
-        for (unsigned j = 0; j < chunk; ++j) x[j] = silu(v.scale[j] * x[j] + v.shift[j]);
+        for (unsigned j = 0; j < 4; ++j) x[j] = silu(v.scale[j] * x[j] + v.shift[j]);
         if (!gate) return;
-        float factor[chunk];
+        float factor[4];
         load_vector(gate + row.gate + v.column, factor);
 #pragma unroll
-        for (unsigned j = 0; j < chunk; ++j) x[j] *= factor[j];
+        for (unsigned j = 0; j < 4; ++j) x[j] *= factor[j];
     }
 };
 
-/// What a column of a gradient owes.
-template <unsigned chunk> struct OwedColumns {
-    float a[chunk], b[chunk], c[chunk];
+/// What four columns of a gradient owe.
+struct OwedColumns {
+    float a[4], b[4], c[4];
 };
 
 /// dy = a (factor g) + b y + c for g and y [height, width] and `owed` [3, width]; `factors` [images] are 1 if null. Without
 /// `owed` g itself.
 template <class T> struct GemmGradient {
-    static constexpr unsigned sources = 2, chunk = 16 / sizeof(T);
+    static constexpr unsigned sources = 2;
     static constexpr bool may_transform = true;
     const T *g, *y;
     const float *owed, *factors;
@@ -84,7 +81,7 @@ template <class T> struct GemmGradient {
         float factor;
         bool inside;
     };
-    using Columns = OwedColumns<chunk>;
+    using Columns = OwedColumns;
 
     __device__ __forceinline__ Row row(unsigned r) const {
         const bool inside = r < height;
@@ -104,9 +101,9 @@ template <class T> struct GemmGradient {
         load_vector(owed + 2 * width + column, v.c);
         return v;
     }
-    __device__ __forceinline__ void transform(float (&x)[chunk], const float (&second)[chunk], const Row& row,
+    __device__ __forceinline__ void transform(float (&x)[4], const float (&second)[4], const Row& row,
                                               const Columns& v) const {
 #pragma unroll
-        for (unsigned j = 0; j < chunk; ++j) x[j] = v.a[j] * (row.factor * x[j]) + (v.b[j] * second[j] + v.c[j]);
+        for (unsigned j = 0; j < 4; ++j) x[j] = v.a[j] * (row.factor * x[j]) + (v.b[j] * second[j] + v.c[j]);
     }
 };

@@ -3,7 +3,7 @@
 // x, W, y and gradients of x and y are of type T, f32, f16 or bf16; everything else, dW too, is f32, and so are all sums,
 // in a fixed order. Channels are multiples of 8, arrays aligned to 16 bytes. x owes what GemmInput says (SiLU of a
 // normalisation, a gate), the gradient of y what GemmGradient says (batch norm's backward, stochastic depth); both are paid
-// on load. The mainloop is gemm.cuh: 128 x 128 (wide), 128 x 64 (narrow) or, for dW, 64 x 128 (slim) tiles; f16 and bf16 on
+// on load. The mainloop is gemm.cuh: 128 x 128 (wide), 128 x 64 (narrow) or, for dW, 64 x 128 tiles; f16 and bf16 on
 // tensor cores, f32 in plain arithmetic. Each is 2 * pixels * inputs * outputs operations.
 //
 // pointwise_fprop: y, as ForwardOutput says: with the moments of batch norm, or folded for inference. Grid runs * groups as
@@ -28,7 +28,7 @@ constexpr unsigned threads = 256;
 
 template <class T> using Wide = GemmTile<T, 128, 128, 2, 4, 3>;
 template <class T> using Narrow = GemmTile<T, 128, 64, 4, 2, 3>;
-template <class T> using Slim = GemmTile<T, 64, 128, 2, 4, 3>;
+template <class T> using Weights = GemmTile<T, 64, 128, 2, 4, 3>;
 
 template <class Tile, class T>
 __device__ __forceinline__ void fprop(const GemmInput<T>& x, const T* weight, const ForwardOutput<T>& to,
@@ -75,18 +75,24 @@ struct WeightGrid {
 
 /// Stores a tile of dW: added to it, or as the block's partial result.
 template <class Tile> struct WeightEpilogue {
-    struct Extra {};
+    struct Extra {
+        Pack8<float> before;
+    };
     float *dweight, *partial;
     unsigned height, width;
     bool add;
 
-    __device__ __forceinline__ Extra prefetch(unsigned, unsigned) const { return {}; }
-    __device__ __forceinline__ void store(unsigned row, unsigned column, float (&x)[8], const Extra&) {
+    __device__ __forceinline__ Extra prefetch(unsigned row, unsigned column) const {
+        Extra extra{};
+        if (add && row < height && column < width) extra.before = load_pack(dweight + row * width + column);
+        return extra;
+    }
+    __device__ __forceinline__ void store(unsigned row, unsigned column, float (&x)[8], const Extra& extra) {
         if (!add)
             return store8(partial + (blockIdx.x * Tile::bm + row % Tile::bm) * Tile::bn + column % Tile::bn, x);
         if (row >= height || column >= width) return;
         float before[8];
-        load8(dweight + row * width + column, before);
+        unpack8(extra.before, before);
 #pragma unroll
         for (unsigned j = 0; j < 8; ++j) x[j] += before[j];
         store8(dweight + row * width + column, x);
@@ -223,13 +229,12 @@ __device__ __forceinline__ void classifier_bias(const T* dlogits, T* padded, flo
     EFFNETV2_POINTWISE_FPROP(narrow_##suffix, T, Narrow, 2)                                                  \
     EFFNETV2_POINTWISE_DGRAD(narrow_##suffix, T, Narrow, 2)                                                  \
     EFFNETV2_POINTWISE_GATED(suffix, T, Narrow, 2)                                                           \
-    EFFNETV2_POINTWISE_WGRAD(slim_##suffix, T, Slim, 2)                                                      \
+    EFFNETV2_POINTWISE_WGRAD(suffix, T, Weights, 2)                                                           \
     EFFNETV2_POINTWISE_BIAS(suffix, T)
 
 #define EFFNETV2_POINTWISE_WIDE(suffix, T)                                                                   \
     EFFNETV2_POINTWISE_FPROP(wide_##suffix, T, Wide, 2)                                                      \
-    EFFNETV2_POINTWISE_DGRAD(wide_##suffix, T, Wide, 2)                                                      \
-    EFFNETV2_POINTWISE_WGRAD(wide_##suffix, T, Wide, 2)
+    EFFNETV2_POINTWISE_DGRAD(wide_##suffix, T, Wide, 2)
 
 EFFNETV2_POINTWISE(f32, float)
 EFFNETV2_POINTWISE(f16, f16)

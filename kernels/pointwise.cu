@@ -84,7 +84,7 @@ template <class Tile> struct WeightEpilogue {
 
     __device__ __forceinline__ Extra prefetch(unsigned row, unsigned column) const {
         Extra extra{};
-        if (add && row < height && column < width) extra.before = load_pack(dweight + row * width + column);
+        if (add && row < height && column < width) extra.before = load_pack8(dweight + row * width + column);
         return extra;
     }
     __device__ __forceinline__ void store(unsigned row, unsigned column, float (&x)[8], const Extra& extra) {
@@ -107,7 +107,7 @@ __device__ __forceinline__ float4 sum_partial(const float* partial, unsigned cou
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 4
     for (unsigned i = 0; i < count; ++i) {
-        const float4 v = __ldcg(reinterpret_cast<const float4*>(partial + i * stride));
+        const float4 v = load16<float4, Cache::l2>(partial + i * stride);
         sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
     }
     return sum;

@@ -60,7 +60,7 @@ template <class Tile> struct ForwardEpilogue {
 
     __device__ __forceinline__ Extra prefetch(unsigned row, unsigned column) const {
         Extra extra{};
-        if (to.skip && row < height && column < width) extra.skip = load_pack(to.skip + row * width + column);
+        if (to.skip && row < height && column < width) extra.skip = load_pack8(to.skip + row * width + column);
         return extra;
     }
 
@@ -87,7 +87,7 @@ template <class Tile> struct ForwardEpilogue {
             return;
         }
         const Pack8<T> rounded = pack8<T>(x);
-        if (inside) store_pack(y, rounded);
+        if (inside) store_pack8(y, rounded);
         if (!to.moments) return;
         unpack8(rounded, x);
         float* pivot = pivots + thread.warp_m * Tile::bn + thread.column;
@@ -139,8 +139,8 @@ template <class Tile> struct ForwardEpilogue {
             partial[(run * 2 + 1) * width + column] = deviations;
         }
         if (!is_last_block(counters + group, grid.runs)) return;
-        finish_moments<Tile::threads>(partial, grid.runs, width, group * Tile::bn, Tile::bn, norm,
-                                      [&](unsigned r) { return float(grid.rows_of<Tile>(r, height)); });
+        finish_moments<Tile::threads>(partial, grid.runs, width, group * Tile::bn, Tile::bn, norm, height,
+                                      [&](unsigned r) { return grid.rows_of<Tile>(r, height); });
     }
 };
 
@@ -171,7 +171,7 @@ template <class Tile, unsigned count> struct GradientEpilogue {
     __device__ __forceinline__ Extra prefetch(unsigned row, unsigned column) const {
         Extra extra{};
         const T* other = to.y ? to.y : to.skip;
-        if (other && row < height && column < width) extra.other = load_pack(other + row * width + column);
+        if (other && row < height && column < width) extra.other = load_pack8(other + row * width + column);
         return extra;
     }
 

@@ -11,6 +11,8 @@ enum class Cache {
     read_only,
     /// Nobody reads it again soon: evict first.
     streaming,
+    /// Other blocks of the same kernel have written it: past the first level, which is not coherent.
+    l2,
 };
 
 /// Loads 16 bytes, aligned to 16, as a Vector (uint4 or float4).
@@ -21,6 +23,7 @@ __device__ __forceinline__ Vector load16(const void* from EFFNETV2_AT_PARAMETER)
 #ifdef __CUDACC__
     if constexpr (cache == Cache::read_only) return __ldg(address);
     if constexpr (cache == Cache::streaming) return __ldcs(address);
+    if constexpr (cache == Cache::l2) return __ldcg(address);
     return *address;
 #else
     return ::host::load(address, at);

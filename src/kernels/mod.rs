@@ -5,6 +5,7 @@
 //! nothing of this crate's tensors can use it. The streams are the caller's, too, as long as they are of the plan's GPU.
 //! Wrong lengths, overlaps, misalignment and foreign devices are errors before anything is launched.
 
+pub mod depthwise;
 pub mod head;
 pub mod input;
 mod operand;
@@ -14,7 +15,7 @@ pub mod squeeze_excite;
 mod work;
 mod workspace;
 
-pub use operand::{Arrival, Debt, GradientOutput, GradientView, Input, Output, Statistics};
+pub use operand::{Arrival, Debt, GradientOutput, GradientView, Input, Output, OutputKind, Statistics};
 pub use raw::{RawElement, RawView};
 pub use work::{Cost, Work};
 pub use workspace::Workspace;
@@ -23,4 +24,4 @@ use crate::device::Family;
 
 /// Every family there is. build.rs watches this file: a new `kernels/*.cu` is compiled when it is listed here.
 pub const FAMILIES: &[&Family] =
-    &[&head::FAMILY, &input::FAMILY, &optimizer::FAMILY, &squeeze_excite::FAMILY];
+    &[&depthwise::FAMILY, &head::FAMILY, &input::FAMILY, &optimizer::FAMILY, &squeeze_excite::FAMILY];

@@ -202,6 +202,31 @@ pub enum Output<'a, 'b, T> {
     },
 }
 
+/// Which [`Output`] it is, for a description of the launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OutputKind {
+    /// [`Output::Plain`].
+    Plain,
+    /// [`Output::Moments`].
+    Moments,
+    /// [`Output::Folded`].
+    Folded {
+        /// Whether there is one.
+        skip: bool,
+    },
+}
+
+impl<T> Output<'_, '_, T> {
+    /// Which it is.
+    pub const fn kind(&self) -> OutputKind {
+        match self {
+            Self::Plain => OutputKind::Plain,
+            Self::Moments(_) => OutputKind::Moments,
+            Self::Folded { skip, .. } => OutputKind::Folded { skip: skip.is_some() },
+        }
+    }
+}
+
 /// What a convolution's backward does with the gradient of its input before it is stored.
 #[derive(Debug)]
 pub enum GradientOutput<'a, 'b, T> {

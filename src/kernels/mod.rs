@@ -6,6 +6,7 @@
 //! Wrong lengths, overlaps, misalignment and foreign devices are errors before anything is launched.
 
 pub mod conv3x3;
+pub mod depthwise;
 mod gemm;
 pub mod head;
 pub mod input;
@@ -30,6 +31,7 @@ use crate::device::Family;
 /// Every family there is. build.rs watches this file: a new `kernels/*.cu` is compiled when it is listed here.
 pub const FAMILIES: &[&Family] = &[
     &conv3x3::FAMILY,
+    &depthwise::FAMILY,
     &head::FAMILY,
     &input::FAMILY,
     &optimizer::FAMILY,

@@ -5,15 +5,19 @@
 //! nothing of this crate's tensors can use it. The streams are the caller's, too, as long as they are of the plan's GPU.
 //! Wrong lengths, overlaps, misalignment and foreign devices are errors before anything is launched.
 
+pub mod batch_norm;
 pub mod conv3x3;
 pub mod depthwise;
+pub mod fused;
 mod gemm;
 pub mod head;
 pub mod input;
 mod operand;
 pub mod optimizer;
+pub mod pointwise;
 mod raw;
 pub mod squeeze_excite;
+mod step;
 pub mod stem;
 mod work;
 mod workspace;
@@ -22,6 +26,7 @@ pub use operand::{
     Arrival, Debt, GradientKind, GradientOutput, GradientView, Input, InputKind, Output, OutputKind,
     Statistics,
 };
+pub use step::StepScalars;
 pub use raw::{RawElement, RawView};
 pub use work::{Cost, Work};
 pub use workspace::Workspace;

@@ -11,7 +11,7 @@ use crate::data::{BadImages, Batch, Loader, LoaderConfig, Pipeline, Splits};
 use crate::model::weights::WeightFile;
 use crate::model::{Architecture, initial_values, summarise};
 use crate::nn::Network;
-use crate::optimizer::{LossScale, Scalars, Step, ema_decay};
+use crate::optimizer::{Scalars, Step, ema_decay};
 use crate::report::metrics::MetricsWriter;
 use crate::{Error, Result};
 use std::path::Path;

@@ -7,6 +7,7 @@ use crate::kernels::input::InputElement;
 use crate::kernels::optimizer::{CopyElement, Optimizer, WorkingCopy};
 use crate::{Error, Result};
 use half::{bf16, f16};
+use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -102,7 +103,7 @@ fn outside(range: &Range<usize>, length: usize) -> Error {
 }
 
 /// An element type of activations and of what convolutions read.
-pub trait FusedElement: RawElement + InputElement {
+pub trait FusedElement: RawElement + InputElement + Debug {
     /// Whether its range is so narrow that the loss must be scaled.
     const SCALES_LOSS: bool = false;
     /// Whether convolutions read a copy of the weights.

@@ -25,7 +25,7 @@ use crate::backend::{
     SqueezeExcite, State, StepKey, Variables,
 };
 use crate::data::MixPlan;
-use crate::device::cudarc::driver::CudaView;
+use crate::device::cudarc::driver::{CudaView, CudaViewMut};
 use crate::device::{self, Arena, Block, Device, Graph};
 use crate::optimizer::{Rule, Scalars};
 use crate::tensor::Shape;
@@ -337,8 +337,9 @@ impl<T: FusedElement> Backend for Accelerated<T> {
     }
 
     fn memory(&self, mut rehearse: impl FnMut(&mut Planner) -> Result<()>) -> Result<Option<Memory>> {
-        let needed = Self::rehearsed(&mut rehearse)?.footprint().total();
-        Ok(Some(Memory { needed, available: self.available()? }))
+        let footprint = Self::rehearsed(&mut rehearse)?.footprint();
+        let (needed, buffers) = (footprint.passes(), footprint.buffers);
+        Ok(Some(Memory { needed, buffers, available: self.available()? }))
     }
 
     fn send(&mut self, images: &[u8], side: usize) -> Result<()> {

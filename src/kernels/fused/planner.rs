@@ -15,7 +15,7 @@ use crate::kernels::conv3x3::Conv3x3Shape;
 use crate::kernels::depthwise::{BackwardKind, DepthwiseShape};
 use crate::kernels::pointwise::PointwiseWork;
 use crate::kernels::stem::StemShape;
-use crate::kernels::{GradientKind, InputKind, OutputKind, Work, Workspace};
+use crate::kernels::{GradientKind, InputKind, OutputKind, Work};
 use crate::optimizer::{Rule, Scalars};
 use crate::tensor::{Dtype, Shape};
 use crate::{Error, Result};
@@ -190,8 +190,8 @@ impl Planner {
                 (shape.fprop_work(dtype, false, output), shape.workspace_floats())
             }
             Kind::Dense => {
-                let shape = Conv3x3Shape::new(conv, x, dtype)?;
-                (shape.fprop_work(output), shape.workspace_floats())
+                let shape = Conv3x3Shape::new(conv, x)?;
+                (shape.fprop_work(dtype, output), shape.workspace_floats(dtype))
             }
             Kind::Depthwise => {
                 let shape = DepthwiseShape::new(conv, x, dtype)?;
@@ -223,9 +223,10 @@ impl Planner {
                 ([dgrad, Some(shape.wgrad_work(dtype, false))], shape.workspace_floats())
             }
             Kind::Dense => {
-                let shape = Conv3x3Shape::new(conv, x, dtype)?;
-                let dgrad = output.map(|output| shape.dgrad_work(output));
-                ([dgrad, Some(shape.wgrad_work())], shape.workspace_floats())
+                let shape = Conv3x3Shape::new(conv, x)?;
+                let skip = matches!(output, Some(GradientKind::Plain { skip: true }));
+                let dgrad = output.map(|_| shape.dgrad_work(dtype, skip));
+                ([dgrad, Some(shape.wgrad_work(dtype))], shape.workspace_floats(dtype))
             }
             Kind::Depthwise => {
                 let shape = DepthwiseShape::new(conv, x, dtype)?;

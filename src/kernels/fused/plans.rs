@@ -142,9 +142,9 @@ impl<T: FusedElement> Plans<T> {
         images: usize,
         features: usize,
         classes: usize,
-    ) -> Result<&Classifier<T>> {
+    ) -> Result<&mut Classifier<T>> {
         let key = [images, features, classes];
-        Ok(self.classifiers.get(key, || Classifier::plan(device, images, features, classes))?)
+        self.classifiers.get(key, || Classifier::plan(device, images, features, classes))
     }
 
     /// The normalisation of inference of one layer.
@@ -223,7 +223,7 @@ impl<T: FusedElement> Plans<T> {
             Kind::Dense => {
                 let plan = self.dense.get(key, || Conv3x3::plan(device, conv, x))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
-                plan.dgrad(stream, gradient, weight, dx, output, workspace)?;
+                plan.dgrad(stream, gradient, weight, dx, output)?;
                 plan.wgrad(stream, input, gradient, dweight, workspace)
             }
             Kind::Depthwise => {

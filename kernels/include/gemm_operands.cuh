@@ -66,14 +66,14 @@ struct OwedColumns {
     float a[4], b[4], c[4];
 };
 
-/// dy = a (factor g) + b y + c for g and y [height, width] and `owed` [3, width]; `factors` [images] are 1 if null. Without
-/// `owed` g itself.
+/// dy = a (factor g) + b y + c for g and y [height, width], `pitch` elements from row to row, and `owed` [3, width];
+/// `factors` [images] are 1 if null. Without `owed` g itself, of any width if it is 0 from there to the pitch.
 template <class T> struct GemmGradient {
     static constexpr unsigned sources = 2;
     static constexpr bool may_transform = true;
     const T *g, *y;
     const float *owed, *factors;
-    unsigned height, width;
+    unsigned height, width, pitch;
     FastDivisor pixels;
 
     struct Row {
@@ -85,7 +85,7 @@ template <class T> struct GemmGradient {
 
     __device__ __forceinline__ Row row(unsigned r) const {
         const bool inside = r < height;
-        return {r * width, factors && inside ? __ldg(factors + pixels.quotient(r)) : 1.0f, inside};
+        return {r * pitch, factors && inside ? __ldg(factors + pixels.quotient(r)) : 1.0f, inside};
     }
     __device__ __forceinline__ GemmPlace place(const Row& row, unsigned column) const {
         return {row.offset + column, row.inside && column < width};

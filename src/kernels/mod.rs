@@ -17,8 +17,8 @@ pub mod optimizer;
 pub mod pointwise;
 mod raw;
 pub mod squeeze_excite;
-mod step;
 pub mod stem;
+mod step;
 mod work;
 mod workspace;
 
@@ -26,8 +26,8 @@ pub use operand::{
     Arrival, Debt, GradientKind, GradientOutput, GradientView, Input, InputKind, Output, OutputKind,
     Statistics,
 };
-pub use step::StepScalars;
 pub use raw::{RawElement, RawView};
+pub use step::StepScalars;
 pub use work::{Cost, Work};
 pub use workspace::Workspace;
 
@@ -35,11 +35,13 @@ use crate::device::Family;
 
 /// Every family there is. build.rs watches this file: a new `kernels/*.cu` is compiled when it is listed here.
 pub const FAMILIES: &[&Family] = &[
+    &batch_norm::FAMILY,
     &conv3x3::FAMILY,
     &depthwise::FAMILY,
     &head::FAMILY,
     &input::FAMILY,
     &optimizer::FAMILY,
+    &pointwise::FAMILY,
     &squeeze_excite::FAMILY,
     &stem::FAMILY,
 ];

@@ -334,12 +334,7 @@ impl<B: Backend> Trainer<B> {
                     max_norm: config.max_gradient_norm,
                 };
                 let layout = network.layout();
-                backend.begin_update(
-                    config.optimizer,
-                    &scalars,
-                    layout.param_buffer(),
-                    &layout.decayed(),
-                )?;
+                backend.begin_update(config.optimizer, &scalars, layout.param_buffer(), &layout.decayed())?;
             }
             let (images, side, first) = (batch.len(), batch.size, passes == 1);
             let kind = PassKind { images, side, dropout, first, last };

@@ -1,7 +1,7 @@
 //! Flat buffers of parameters, gradients and statistics: f32 masters, and the working copy that convolutions read.
 
-use crate::device::cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr};
 use crate::device::Device;
+use crate::device::cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr};
 use crate::kernels::RawElement;
 use crate::kernels::input::InputElement;
 use crate::kernels::optimizer::{CopyElement, Optimizer, WorkingCopy};
@@ -52,7 +52,10 @@ impl<T: FusedElement> Buffer<T> {
 
     /// The values at `range`, in f32.
     pub(super) fn part(&self, range: &Range<usize>) -> Result<CudaView<'_, f32>> {
-        self.values.as_ref().and_then(|values| values.try_slice(range.clone())).ok_or_else(|| outside(range, self.len()))
+        self.values
+            .as_ref()
+            .and_then(|values| values.try_slice(range.clone()))
+            .ok_or_else(|| outside(range, self.len()))
     }
 
     /// The values at `range` as convolutions read them. [`refresh`](Self::refresh) comes first.

@@ -7,9 +7,9 @@ use crate::backend::{DropPath, Normalisation, StepKey};
 use crate::data::MixPlan;
 use crate::device::cudarc::driver::{CudaSlice, CudaView, CudaViewMut};
 use crate::device::{self, Device, Staging};
+use crate::kernels::StepScalars;
 use crate::kernels::batch_norm::StochasticDepth;
 use crate::kernels::input::Input;
-use crate::kernels::StepScalars;
 use crate::{Error, Result};
 use std::collections::VecDeque;
 

@@ -14,15 +14,15 @@ mod recorder;
 pub use buffer::{Buffer, FusedElement};
 pub use planner::{Footprint, Planner};
 
+use super::RawView;
 use super::batch_norm::{Merge, MergeGradient};
 use super::head::Dropout;
 use super::operand::{Arrival, Debt, GradientOutput, GradientView, Input, Output, Statistics};
 use super::optimizer::{Buffers, Optimizer};
 use super::squeeze_excite::{self, Gradients, Weights};
-use super::RawView;
 use crate::backend::{
-    self, Backend, Classifier, ConvNorm, DropPath, Gradient, Load, Memory, Mode, Normalisation, PassKind, Raw,
-    SqueezeExcite, State, StepKey, Variables,
+    self, Backend, Classifier, ConvNorm, DropPath, Gradient, Load, Memory, Mode, Normalisation, PassKind,
+    Raw, SqueezeExcite, State, StepKey, Variables,
 };
 use crate::data::MixPlan;
 use crate::device::cudarc::driver::{CudaView, CudaViewMut};
@@ -519,8 +519,12 @@ impl<T: FusedElement> Backend for Accelerated<T> {
         let params = &vars.params;
         let (reduce, expand) = (params.working(&layer.reduce_weight)?, params.working(&layer.expand_weight)?);
         let (reduce_bias, expand_bias) = (params.part(&layer.reduce_bias)?, params.part(&layer.expand_bias)?);
-        let weights =
-            Weights { reduce: &reduce, reduce_bias: &reduce_bias, expand: &expand, expand_bias: &expand_bias };
+        let weights = Weights {
+            reduce: &reduce,
+            reduce_bias: &reduce_bias,
+            expand: &expand,
+            expand_bias: &expand_bias,
+        };
         plan.gate(stream, &pooled.view(), weights, &mut hidden.view_mut(), &mut gate.view_mut())?;
         Ok(Gate { pooled, hidden, gate: Arc::new(gate) })
     }
@@ -592,10 +596,8 @@ impl<T: FusedElement> Backend for Accelerated<T> {
 
     fn loss(&mut self) -> Result<f64> {
         let head = self.head.as_ref().and_then(|key| self.plans.existing_head(key));
-        let head = head.ok_or_else(|| Error::Shape {
-            operation: "loss",
-            problem: "no loss has been taken".into(),
-        })?;
+        let head =
+            head.ok_or_else(|| Error::Shape { operation: "loss", problem: "no loss has been taken".into() })?;
         Ok(head.read_loss(self.device.compute())?.into())
     }
 
@@ -655,8 +657,7 @@ impl<T: FusedElement> Backend for Accelerated<T> {
         )?;
         parts!(grads; dgamma: &producer.gamma, dbeta: &producer.beta);
         let mut owed_view = owed.view_mut();
-        let debt =
-            Debt { norm: &norm, dgamma: &mut dgamma, dbeta: &mut dbeta, owed: &mut owed_view };
+        let debt = Debt { norm: &norm, dgamma: &mut dgamma, dbeta: &mut dbeta, owed: &mut owed_view };
         plans.norm(device, shape)?.owe(stream, &sums.view(), n, debt)?;
         Ok((dz, Owed { owed, arrival: OwedArrival::Alone }))
     }
@@ -684,8 +685,7 @@ impl<T: FusedElement> Backend for Accelerated<T> {
         let mut grads = vars.grads.all_mut()?;
         parts!(grads; dgamma: &layer.gamma, dbeta: &layer.beta);
         let mut owed_view = owed.view_mut();
-        let debt =
-            Debt { norm: &norm, dgamma: &mut dgamma, dbeta: &mut dbeta, owed: &mut owed_view };
+        let debt = Debt { norm: &norm, dgamma: &mut dgamma, dbeta: &mut dbeta, owed: &mut owed_view };
         let plan = plans.norm(device, shape)?;
         let workspace = scratch.with(device, plan.workspace_floats())?;
         let arrival = match &mut dz {
@@ -757,8 +757,7 @@ impl<T: FusedElement> Backend for Accelerated<T> {
         let mut grads = grads.all_mut()?;
         parts!(grads; dgamma: &producer.gamma, dbeta: &producer.beta, dweight: &layer.weight);
         let (y, norm, mut owed_view) = (raw.y.block.view(), raw.norm.0.view(), owed.view_mut());
-        let debt =
-            Debt { norm: &norm, dgamma: &mut dgamma, dbeta: &mut dbeta, owed: &mut owed_view };
+        let debt = Debt { norm: &norm, dgamma: &mut dgamma, dbeta: &mut dbeta, owed: &mut owed_view };
         let (input, output) = (Input::Silu { y: &y, norm: &norm }, GradientOutput::Silu { y: &y, debt });
         self.backward(layer, input, shape, &grad, output, &weight, &mut dweight, &mut dz)?;
         Ok((dz, Owed { owed, arrival: OwedArrival::Alone }))
@@ -830,8 +829,7 @@ impl<T: FusedElement> Backend for Accelerated<T> {
         }
         parts!(grads; dgamma: &producer.gamma, dbeta: &producer.beta);
         let mut owed_view = owed.view_mut();
-        let debt =
-            Debt { norm: &norm, dgamma: &mut dgamma, dbeta: &mut dbeta, owed: &mut owed_view };
+        let debt = Debt { norm: &norm, dgamma: &mut dgamma, dbeta: &mut dbeta, owed: &mut owed_view };
         plans.norm(device, shape)?.owe(stream, &moments.view(), 1, debt)?;
         let arrival = OwedArrival::Gated { norm: raw.norm.clone(), gate: gate.gate.clone(), dpool };
         Ok((dx, Owed { owed, arrival }))

@@ -374,13 +374,7 @@ impl Backend for Planner {
         Ok(out)
     }
 
-    fn head(
-        &mut self,
-        layer: &Classifier,
-        x: &Raw<Self>,
-        _: f64,
-        _: &mut Variables<Self>,
-    ) -> Result<Head> {
+    fn head(&mut self, layer: &Classifier, x: &Raw<Self>, _: f64, _: &mut Variables<Self>) -> Result<Head> {
         let (images, classes) = (x.y.shape.n, layer.classes);
         let spans = [self.elements(images * layer.features), self.elements(images * classes)];
         let shape = Shape::new(images, 1, 1, layer.features);

@@ -139,12 +139,12 @@ struct GradientShape {
 /// The operand of dgrad [pixels of the class, (tap, output)]: dy where the taps take them.
 template <class T> struct ConvGradient {
     static constexpr unsigned sources = 2;
-    static constexpr bool may_transform = true;
+    static constexpr bool may_transform = true, keeps_rows = true;
     const T *g, *y;
     const float* owed;
     unsigned out_height, out_width;
     FastDivisor outputs;
-    GradientClass own;
+    const GradientClass& own;
 
     struct Row {
         unsigned offset, reached;
@@ -196,7 +196,7 @@ template <class T> struct ConvTaps {
     const T* weight;
     unsigned inputs, stride;
     FastDivisor outputs;
-    GradientClass own;
+    const GradientClass& own;
 
     struct Row {
         unsigned offset;
@@ -225,7 +225,7 @@ template <class T> struct ConvGradientEpilogue {
     T* dx;
     const T* skip;
     unsigned height, width, stride, inputs;
-    GradientClass own;
+    const GradientClass& own;
 
     __device__ __forceinline__ Extra prefetch(unsigned pixel, unsigned column) const {
         const unsigned line = own.columns.quotient(pixel), image = own.rows.quotient(line);

@@ -103,7 +103,8 @@ impl Compute {
         let cpu = |why: &str, asked: bool| {
             match self.dtype.map(Dtype::from) {
                 Some(dtype) if dtype != Dtype::F32 => {
-                    let problem = "the CPU computes in f32 alone; leave --dtype out, or name a GPU by --device";
+                    let problem =
+                        "the CPU computes in f32 alone; leave --dtype out, or name a GPU by --device";
                     return Err(Error::usage("--dtype", dtype, problem));
                 }
                 _ => {}
@@ -214,7 +215,10 @@ mod gpu {
             return Err(Error::usage("--device", "host", problem));
         };
         if !path.exists() {
-            return Err(Error::file(&path, "does not exist; kernels/host/build.sh builds it and prints its path"));
+            return Err(Error::file(
+                &path,
+                "does not exist; kernels/host/build.sh builds it and prints its path",
+            ));
         }
         Device::host(&path)
     }

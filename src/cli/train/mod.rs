@@ -115,7 +115,8 @@ impl Work for Start<'_> {
 fn largest<B: Backend>(backend: &B, config: &TrainConfig, splits: &Splits) -> Result<usize> {
     let network = Network::new(config.network(splits.train.classes().len())?);
     let Some(images) = largest_batch(backend, config, &network, false)? else {
-        let problem = "that is for a GPU, whose memory decides, and there not even one image fits; give a number";
+        let problem =
+            "that is for a GPU, whose memory decides, and there not even one image fits; give a number";
         return Err(Error::usage("--batch", "auto", problem));
     };
     let batch = (images * config.accumulate).min(splits.train.len() / config.accumulate * config.accumulate);

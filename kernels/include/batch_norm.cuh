@@ -54,6 +54,18 @@ struct ShiftedSums {
     }
 };
 
+/// What the sums of g and of g xhat of one channel become.
+__device__ __forceinline__ void settle(const OwedFinish& to, unsigned channels, unsigned channel, float dbeta,
+                                       float dgamma) {
+    const float scale = to.norm[channel], mean = to.norm[2 * channels + channel];
+    const float slope = -scale * to.norm[3 * channels + channel] * dgamma * to.reciprocal_count;
+    to.dgamma[channel] += dgamma;
+    to.dbeta[channel] += dbeta;
+    to.owed[channel] = scale;
+    to.owed[channels + channel] = slope;
+    to.owed[2 * channels + channel] = -scale * dbeta * to.reciprocal_count - slope * mean;
+}
+
 namespace batch_norm_detail {
 
 /// What the last block finishes at once: thread t reads the channels from 4 (t % 8) on, of the runs t / 8, t / 8 +
@@ -116,13 +128,7 @@ __device__ __forceinline__ void finish_owed(const float* partial, unsigned runs,
         const float dgamma = sums.total[threadIdx.x % columns];
         const unsigned channel = base + threadIdx.x;
         if (threadIdx.x >= columns || channel >= end) continue;
-        const float scale = to.norm[channel], mean = to.norm[2 * channels + channel];
-        const float slope = -scale * to.norm[3 * channels + channel] * dgamma * to.reciprocal_count;
-        to.dgamma[channel] += dgamma;
-        to.dbeta[channel] += dbeta;
-        to.owed[channel] = scale;
-        to.owed[channels + channel] = slope;
-        to.owed[2 * channels + channel] = -scale * dbeta * to.reciprocal_count - slope * mean;
+        settle(to, channels, channel, dbeta, dgamma);
     }
 }
 

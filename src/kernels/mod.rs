@@ -5,17 +5,20 @@
 //! nothing of this crate's tensors can use it. The streams are the caller's, too, as long as they are of the plan's GPU.
 //! Wrong lengths, overlaps, misalignment and foreign devices are errors before anything is launched.
 
+pub mod batch_norm;
 pub mod head;
 pub mod input;
 mod operand;
 pub mod optimizer;
 mod raw;
 pub mod squeeze_excite;
+mod step;
 mod work;
 mod workspace;
 
 pub use operand::{Arrival, Debt, GradientOutput, GradientView, Input, Output, Statistics};
 pub use raw::{RawElement, RawView};
+pub use step::StepScalars;
 pub use work::{Cost, Work};
 pub use workspace::Workspace;
 
@@ -23,4 +26,4 @@ use crate::device::Family;
 
 /// Every family there is. build.rs watches this file: a new `kernels/*.cu` is compiled when it is listed here.
 pub const FAMILIES: &[&Family] =
-    &[&head::FAMILY, &input::FAMILY, &optimizer::FAMILY, &squeeze_excite::FAMILY];
+    &[&batch_norm::FAMILY, &head::FAMILY, &input::FAMILY, &optimizer::FAMILY, &squeeze_excite::FAMILY];

@@ -70,15 +70,14 @@ impl Argument for Tiling {
 }
 
 impl Tiling {
-    /// With at least `least` pixels for each thread and about `runs` runs at most.
-    fn new(shape: Shape, least: u32, runs: u32) -> Self {
+    /// With `least` pixels for each thread, and as many more as keep to `runs` runs.
+    fn new(shape: Shape, least: u32, runs: impl FnOnce(u32) -> u32) -> Self {
         let (pixels, channels) = (shape.pixels() as u32, shape.c as u32);
         let groups = channels / 8;
         let tiles = groups.div_ceil(MOST_GROUPS);
         // Even, so that a tile of 16-bit elements begins and ends with a sector of 32 bytes.
         let groups = if tiles == 1 { groups } else { groups.div_ceil(tiles).next_multiple_of(2) };
-        let runs = runs.min(REDUCTION_BLOCKS.div_ceil(tiles));
-        let run = (THREADS / groups * least).max(pixels.div_ceil(runs));
+        let run = (THREADS / groups * least).max(pixels.div_ceil(runs(tiles)));
         Self { pixels, channels, run, groups }
     }
 
@@ -111,13 +110,12 @@ impl BatchNormShape {
 
     /// A reduction over pixels.
     fn reduction(&self) -> Tiling {
-        Tiling::new(self.shape, 4, MOST_RUNS)
+        Tiling::new(self.shape, 4, |tiles| MOST_RUNS.min(REDUCTION_BLOCKS.div_ceil(tiles)))
     }
 
     /// One tensor in, another out.
     fn pass(&self) -> Tiling {
-        let tiling = Tiling::new(self.shape, 8, u32::MAX);
-        Tiling { run: THREADS / tiling.groups * 8, ..tiling }
+        Tiling::new(self.shape, 8, |_| u32::MAX)
     }
 
     fn work(&self, name: &str, tiling: Tiling, bytes: usize, operations: usize) -> Work {

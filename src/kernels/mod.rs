@@ -11,6 +11,7 @@ pub mod head;
 pub mod input;
 mod operand;
 pub mod optimizer;
+pub mod pointwise;
 mod raw;
 pub mod squeeze_excite;
 pub mod stem;
@@ -33,6 +34,7 @@ pub const FAMILIES: &[&Family] = &[
     &head::FAMILY,
     &input::FAMILY,
     &optimizer::FAMILY,
+    &pointwise::FAMILY,
     &squeeze_excite::FAMILY,
     &stem::FAMILY,
 ];

@@ -106,8 +106,8 @@ impl Progressive {
         if largest < smallest {
             return Err(usage(
                 "image_size",
-                largest,
-                format!("must not be below the first size, {smallest}"),
+                smallest,
+                format!("the first size must not be above that of the last stage, {largest}"),
             ));
         }
         check_side("progressive.image_size", largest)?;

@@ -8,13 +8,13 @@ use super::Threads;
 use super::interrupt::stop_flag;
 use super::output::{note, say};
 use super::progress::Terminal;
-use crate::Result;
 use crate::data::{BadImages, Source, Splits, open};
 use crate::reference::Reference;
 use crate::report::table::{duration, percent, thousands};
 use crate::train::checkpoint::Checkpoint;
 use crate::train::run::{CHECKPOINT, CONFIG, CURVES, METRICS, RunFolder};
 use crate::train::{TrainConfig, Trainer};
+use crate::{Error, Result};
 use flags::RunFlags;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -124,7 +124,7 @@ fn finish(trainer: &mut Trainer<Reference<f32>>, splits: &Splits, folder: RunFol
     let outcome = trainer.run(splits, &folder, &mut terminal);
     drop(terminal);
     report_problems(splits);
-    let scores = outcome?;
+    let scores = outcome.map_err(|error| how_to_go_on(error, &folder))?;
     say!(
         "held-out accuracy {} (top-5 {}), loss {:.4}, after {}",
         percent(scores.top1),
@@ -134,6 +134,19 @@ fn finish(trainer: &mut Trainer<Reference<f32>>, splits: &Splits, folder: RunFol
     )?;
     say!("in {}: {CONFIG}, {METRICS}, {CURVES}, {CHECKPOINT}", folder.path().display())?;
     Ok(folder)
+}
+
+/// An error of data or disk that ended a run, with the way on from its last checkpoint.
+fn how_to_go_on(error: Error, folder: &RunFolder) -> Error {
+    match error {
+        Error::Io { .. } | Error::File { .. } if folder.file(CHECKPOINT).exists() => {
+            let path = folder.path().display();
+            Error::Training(format!(
+                "{error}; the last checkpoint is good: mend this and go on with `effnetv2 train --resume {path}`"
+            ))
+        }
+        other => other,
+    }
 }
 
 /// Names images that could not be used.

@@ -48,7 +48,7 @@ impl Work for Evaluation<'_> {
     type Output = ();
 
     fn on<B: Backend<Element = f32>>(self, backend: B) -> Result<()> {
-        let model = self.args.inference.model(self.checkpoint, backend, self.args.batch)?;
+        let model = self.args.inference.model(self.checkpoint, backend, self.args.batch as usize)?;
         evaluate_all(self.args, model)
     }
 }

@@ -437,7 +437,7 @@ impl<T: RawElement> Pointwise<T> {
     /// Both: [`dgrad`](Self::dgrad) and [`wgrad`](Self::wgrad).
     ///
     /// # Errors
-    /// As for [`dgrad`](Self::dgrad); a buffer that only `wgrad` uses is checked when dx has been written.
+    /// As for [`dgrad`](Self::dgrad).
     pub fn backward(
         &self,
         stream: &Arc<CudaStream>,
@@ -449,6 +449,17 @@ impl<T: RawElement> Pointwise<T> {
         output: GradientOutput<'_, '_, T>,
         workspace: &mut Workspace,
     ) -> Result<()> {
+        // All of it before the first launch; each checks its own again.
+        let (x, y_shape, weights) = self.sizes();
+        refuse_gate(&gradient)?;
+        let mut operands = Operands::new(OPERATION, &self.device, stream)?;
+        input.check(&mut operands, x)?;
+        gradient.check(&mut operands, y_shape)?;
+        operands.read("weight", weight, weights)?;
+        operands.write("dx", dx, x.elements())?;
+        operands.write("dweight", dweight, weights)?;
+        output.check(&mut operands, x)?;
+        workspace.check(OPERATION, self.workspace_floats(), self.work.weight_grid().counters())?;
         self.wgrad(stream, input, gradient, dweight, workspace)?;
         self.dgrad(stream, gradient, weight, dx, output, workspace)
     }

@@ -90,7 +90,7 @@ impl PointwiseWork {
     pub fn new(x: Shape, outputs: usize, dtype: Dtype) -> Result<Self> {
         check_shape(OPERATION, x)?;
         check_shape(OPERATION, x.with_channels(outputs))?;
-        if !x.c.checked_mul(outputs).is_some_and(|weights| weights <= MAX_ELEMENTS) {
+        if x.c.checked_mul(outputs).is_none_or(|weights| weights > MAX_ELEMENTS) {
             let problem = format!("{outputs}×{} weights; at most {MAX_ELEMENTS} are possible", x.c);
             return Err(Error::Shape { operation: OPERATION, problem });
         }

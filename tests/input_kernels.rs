@@ -320,8 +320,8 @@ proptest! {
     ) {
         let Some(device) = device() else { return Ok(()) };
         let images = photos(&sizes, (0.0, 255.0), seed);
-        let crop = cropped.then(|| RandomResizedCrop { area: (0.1, 1.0), aspect: (0.4, 2.5) });
-        let transform = TrainTransform { crop: crop.clone(), resampling, ..TrainTransform::plain() };
+        let crop = cropped.then_some(RandomResizedCrop { area: (0.1, 1.0), aspect: (0.4, 2.5) });
+        let transform = TrainTransform { crop, resampling, ..TrainTransform::plain() };
         let (mut crops, mut expected) = (Vec::new(), Vec::new());
         for (i, image) in images.iter().enumerate() {
             let sample = SampleId { seed, epoch: 0, image: i as u32 };
@@ -455,8 +455,12 @@ fn impossible_resizes_are_refused() {
     }
     assert!(matches!(resize.begin_step(stream, &[good; 2], 300), Err(Error::Shape { .. })));
     assert!(matches!(resize.begin_step(stream, &[good], usize::MAX), Err(Error::Shape { .. })));
+    assert_eq!(resize.work(), None);
     refused(&resize, images.slice(..300), 48);
     resize.begin_step(stream, &[good], 300).unwrap();
+    // 8 columns of 7 rows to 4 of each; a triangle that is stretched by 2 and 7/4 reaches pixels beyond the crop.
+    let work = resize.work().unwrap();
+    assert_eq!((work.grid, work.shared), ([4, 1, 1], 3 * 9));
     refused(&resize, images.slice(..299), 48);
     refused(&resize, images.slice(..300), 47);
     refused(&resize, images.slice(1..301), 48);

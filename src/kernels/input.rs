@@ -202,10 +202,8 @@ pub struct Resize {
     /// The kernel's `Source` of each image, and what its axes are made of.
     sources: CudaSlice<u32>,
     taps: CudaSlice<u32>,
-    /// Bytes of the images of this step; none before the first.
-    bytes: usize,
-    /// Bytes of the widest part that is read of a row.
-    row: usize,
+    /// Bytes of the images of this step, and its launch; none before the first.
+    step: Option<(usize, Work)>,
 }
 
 /// Words of the kernels' `Source`.
@@ -233,7 +231,7 @@ impl Resize {
         let words = || images.checked_mul(2 * taps::most_words(side, largest, resampling));
         let words = if possible && (1..=LARGEST).contains(&largest) { words() } else { None };
         let Some(words @ 1..=MAX_ELEMENTS) = words else {
-            return Err(too_large(format!(
+            return Err(refused(format!(
                 "{images} images of up to {largest} pixels a side to {side}×{side}"
             )));
         };
@@ -246,8 +244,7 @@ impl Resize {
             largest,
             sources: device.zeros(images * SOURCE_WORDS)?,
             taps: device.zeros(words)?,
-            bytes: 0,
-            row: 0,
+            step: None,
         })
     }
 
@@ -265,31 +262,43 @@ impl Resize {
                 sources.len(),
                 self.images
             );
-            return Err(too_large(problem));
+            return Err(refused(problem));
         }
         for (i, source) in sources.iter().enumerate() {
-            self.check(source, bytes).map_err(|problem| too_large(format!("image {i}: {problem}")))?;
+            self.check(source, bytes).map_err(|problem| refused(format!("image {i}: {problem}")))?;
         }
         let (mut words, mut all) = (Vec::with_capacity(self.images * SOURCE_WORDS), Vec::new());
-        let mut row = 0;
+        let (mut widest, mut read, mut operations) = (0, 0, 0);
         for &Source { offset, width, height, crop } in sources {
             let mut axis = |first, length, whole| {
                 taps::append(&mut all, (first, length), whole, self.side, self.resampling)
             };
             let rows = axis(crop.top, crop.height, height);
             let columns = axis(crop.left, crop.width, width);
-            let read = CHANNELS * (columns.end - columns.first);
-            row = row.max(read);
+            let row = CHANNELS * (columns.end - columns.first);
+            widest = widest.max(row);
+            read += row * (rows.end - rows.first);
+            operations += 2 * (rows.weights * row + self.side * columns.weights * CHANNELS);
             let stride = CHANNELS * width;
             words.extend(
-                [offset, stride, rows.at, columns.at, CHANNELS * columns.first, read].map(|v| v as u32),
+                [offset, stride, rows.at, columns.at, CHANNELS * columns.first, row].map(|v| v as u32),
             );
             words.extend([rows.shift, columns.shift]);
         }
-        self.row = row;
-        self.bytes = bytes;
+        let moved = read + self.output() + 4 * (words.len() + all.len());
+        let cost = Cost { bytes: moved as u64, tensor_operations: 0, operations: operations as u64 };
+        let grid = [(self.images * self.side) as u32, 1, 1];
+        let work = Work { kernel: "input_resize".into(), grid, shared: widest as u32, cost };
+        self.step = None;
         device::write(stream, &words, &mut self.sources)?;
-        device::write(stream, &all, &mut self.taps.slice_mut(..all.len()))
+        device::write(stream, &all, &mut self.taps.slice_mut(..all.len()))?;
+        self.step = Some((bytes, work));
+        Ok(())
+    }
+
+    /// Elements of the output.
+    fn output(&self) -> usize {
+        self.images * self.side * self.side * CHANNELS
     }
 
     fn check(&self, source: &Source, bytes: usize) -> Result<(), String> {
@@ -298,7 +307,7 @@ impl Resize {
             return Err(format!("{width}×{height} pixels, where {} a side were planned", self.largest));
         }
         let end = (width * height * CHANNELS).checked_add(offset);
-        if !end.is_some_and(|end| end <= bytes) {
+        if end.is_none_or(|end| end > bytes) {
             return Err(format!("{width}×{height} pixels from byte {offset} on, of {bytes} bytes"));
         }
         let within = |first: usize, length: usize, whole: usize| {
@@ -310,13 +319,9 @@ impl Resize {
         Ok(())
     }
 
-    /// Its launch for the batch of the last [`begin_step`](Self::begin_step).
-    pub fn work(&self) -> Work {
-        let out = self.images * self.side * self.side * CHANNELS;
-        let words = self.sources.len() + self.taps.len();
-        let cost = Cost { bytes: (self.bytes + out + 4 * words) as u64, tensor_operations: 0, operations: 0 };
-        let grid = [(self.images * self.side) as u32, 1, 1];
-        Work { kernel: "input_resize".into(), grid, shared: self.row as u32, cost }
+    /// Its launch for the batch of the last [`begin_step`](Self::begin_step), if there was one.
+    pub fn work(&self) -> Option<&Work> {
+        self.step.as_ref().map(|(_, work)| work)
     }
 
     /// out ← the images of the last [`begin_step`](Self::begin_step), \[images, side, side, 3\].
@@ -330,15 +335,14 @@ impl Resize {
         images: &CudaView<'_, u8>,
         out: &mut CudaViewMut<'_, u8>,
     ) -> Result<()> {
-        if self.bytes == 0 {
-            return Err(too_large("no step has begun".into()));
-        }
+        let Some((bytes, work)) = &self.step else {
+            return Err(refused("no step has begun".into()));
+        };
         let (n, side) = (self.images, self.side as u32);
         let mut operands = Operands::new(RESIZE, &self.device, stream)?;
-        operands.read("images", images, self.bytes)?;
-        operands.write("out", out, n * self.side * self.side * CHANNELS)?;
+        operands.read("images", images, *bytes)?;
+        operands.write("out", out, self.output())?;
         let (sources, all) = (self.sources.as_view(), self.taps.as_view());
-        let work = self.work();
         let mut launch = self.kernel.on(stream);
         launch.input(images).input(&sources).input(&all).output(out).value(&side);
         // SAFETY: `begin_step` has checked that every image lies within the buffer, and its taps are those of pixels within
@@ -347,7 +351,7 @@ impl Resize {
     }
 }
 
-fn too_large(problem: String) -> Error {
+fn refused(problem: String) -> Error {
     Error::Shape { operation: RESIZE, problem }
 }
 

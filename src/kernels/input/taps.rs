@@ -16,7 +16,8 @@ pub(super) struct Axis {
     /// The first source pixel that is read, and the one past the last.
     pub(super) first: usize,
     pub(super) end: usize,
-    /// Binary places of the weights.
+    /// Weights of all output pixels together, and their binary places.
+    pub(super) weights: usize,
     pub(super) shift: u32,
 }
 
@@ -90,7 +91,8 @@ pub(super) fn append(
     words.extend([0, begin as u32]);
     let integer = |w: &f64| ((w * f64::from(1_u32 << shift)).round() as i32).cast_unsigned();
     words.extend(taps.iter().flat_map(|(_, weights)| weights).map(integer));
+    let weights = begin - at - 2 * (side + 1);
     let first = taps.iter().map(|(start, _)| *start).min().unwrap_or(0);
     let end = taps.iter().map(|(start, weights)| start + weights.len()).max().unwrap_or(first);
-    Axis { at, first, end, shift }
+    Axis { at, first, end, weights, shift }
 }

@@ -71,7 +71,7 @@ impl Layer {
             running_var: vector(0.1, 3.0),
             epsilon: 1e-3,
             momentum: 0.1,
-            variance: if seed % 2 == 0 { VarianceEstimator::Biased } else { VarianceEstimator::Unbiased },
+            variance: [VarianceEstimator::Biased, VarianceEstimator::Unbiased][(seed & 1) as usize],
         }
     }
 }

@@ -85,7 +85,7 @@ fn benchmarks(bench: &mut Bench) -> Result<()> {
     let norm_work = UpdateShape { rule: Rule::PAPER, parameters: length }.norm_work();
     bench.case(&shape, &norm_work, make, norm)?;
     bench.case(&shape, &[average_work(length)], make, average)?;
-    bench.case(&shape, &[cast_work::<bf16>(length)], make, cast)
+    bench.case(&shape, &[cast_work(length, Dtype::Bf16)], make, cast)
 }
 
 fn main() -> ExitCode {

@@ -26,10 +26,11 @@
 //! # }
 //! ```
 
-use super::{Cost, Work};
+use super::{Cost, RawElement, Work};
 use crate::device::cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
-use crate::device::{self, Device, Element, Entry, Family, Kernel, Launch, Module, Operands};
-use crate::optimizer::{Rule, Step};
+use crate::device::{self, Device, Entry, Family, Kernel, Launch, Module, Operands};
+use crate::optimizer::Rule;
+pub use crate::optimizer::Scalars;
 use crate::tensor::{Dtype, MAX_ELEMENTS};
 use crate::{Error, Result};
 use half::{bf16, f16};
@@ -67,7 +68,7 @@ pub const FAMILY: Family = Family {
 };
 
 /// An element of the working copy that convolutions read.
-pub trait CopyElement: Element {
+pub trait CopyElement: RawElement {
     /// The kernel that casts f32 to it.
     const CAST: &'static str;
 }
@@ -129,36 +130,15 @@ pub fn average_work(values: usize) -> Work {
     elementwise("optimizer_average".into(), values, 12 * n, 3 * n)
 }
 
-/// The launch of [`Optimizer::cast`] on `values` values.
-pub fn cast_work<T: CopyElement>(values: usize) -> Work {
-    let n = values as u64;
-    elementwise(T::CAST.into(), values, 4 * n + size_of::<T>() as u64 * n, 0)
+/// The launch of [`Optimizer::cast`] on `values` values; `copy` is a half type.
+pub fn cast_work(values: usize, copy: Dtype) -> Work {
+    elementwise(format!("optimizer_cast_{copy}"), values, ((4 + copy.bytes()) * values) as u64, 0)
 }
 
 /// A launch of blocks of [`TILE`] elements each.
 fn elementwise(kernel: String, elements: usize, bytes: u64, operations: u64) -> Work {
     let grid = [elements.div_ceil(TILE as usize) as u32, 1, 1];
     Work { kernel, grid, shared: 0, cost: Cost { bytes, operations, ..Cost::default() } }
-}
-
-/// The scalars of one step.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Scalars {
-    /// Those of the rule.
-    pub step: Step,
-    /// The decay of the moving average in this step; see [`ema_decay`](crate::optimizer::ema_decay).
-    pub ema_decay: f64,
-    /// What the loss was multiplied with: for [`Optimizer::norm_and_clip`], which undoes it.
-    pub loss_scale: f64,
-    /// The norm to which [`Optimizer::norm_and_clip`] clips the gradient.
-    pub max_norm: Option<f64>,
-}
-
-impl Scalars {
-    /// A step with the average following at once, no loss scale and no clipping.
-    pub const fn plain(step: Step) -> Self {
-        Self { step, ema_decay: 0.0, loss_scale: 1.0, max_norm: None }
-    }
 }
 
 /// The buffers of an update: each as long as the parameters, aligned to 16 bytes, none overlapping another.
@@ -408,7 +388,7 @@ impl Optimizer {
         launch.input(values).output(copy).value(&n);
         // SAFETY: both buffers have n elements and do not overlap; block b touches only elements below n of the TILE
         // from b · TILE on.
-        unsafe { launch.run(cast_work::<T>(values.len()).grid, 0, format_args!("{n} values")) }
+        unsafe { launch.run(cast_work(values.len(), T::DTYPE).grid, 0, format_args!("{n} values")) }
     }
 }
 

@@ -12,7 +12,7 @@ mod network;
 mod spec;
 
 pub use fused_mbconv::FusedMbConv;
-pub use layout::{Entry, Layout, Role};
+pub use layout::{ALIGNMENT, Entry, Layout, Role};
 pub use mbconv::MbConv;
 pub use network::{Network, Pass};
 pub use spec::{BatchNormSpec, BlockKind, BlockSpec, NetworkSpec, StageSpec};

@@ -42,7 +42,9 @@ fn training_step(c: &mut Criterion) {
                 backend.clear(&mut vars.grads).expect("clear");
                 network.backward(&mut backend, pass, vars).expect("backward");
                 let step = Step { number, learning_rate: 1e-4, weight_decay: 0.0, gradient_scale: 1.0 };
-                backend.begin_update(rule, &Scalars::plain(step), &kernels).expect("an update");
+                backend
+                    .begin_update(rule, &Scalars::plain(step), state.vars.params.len(), &kernels)
+                    .expect("an update");
                 backend.update(&mut state).expect("update");
                 number += 1;
             });

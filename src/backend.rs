@@ -11,7 +11,7 @@
 use crate::Result;
 use crate::data::MixPlan;
 use crate::optimizer::{Rule, Scalars};
-use crate::tensor::{Conv, Real, Shape};
+use crate::tensor::{Conv, Dtype, Real, Shape};
 use std::fmt::Debug;
 use std::ops::Range;
 
@@ -268,7 +268,9 @@ pub struct PassKind {
 pub struct Memory {
     /// Bytes it needs at most.
     pub needed: usize,
-    /// Bytes there are for it.
+    /// Bytes of the flat buffers that it works on.
+    pub buffers: usize,
+    /// Bytes there are.
     pub available: usize,
 }
 
@@ -383,21 +385,27 @@ pub trait Backend: Sized {
     /// What the device says.
     fn begin_step(&mut self, key: &StepKey) -> Result<()>;
 
-    /// Whether activations and their gradients are of a type whose range is so narrow that the loss must be scaled (f16).
-    fn scales_loss(&self) -> bool {
-        false
+    /// The type of activations, as far as a device knows it. In f16 the loss must be scaled.
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
     }
 
     /// Sets what the loss is multiplied with before its gradient is taken, until the next call; 1 at first. With a power
     /// of two, gradients that f16 would round to zero survive; the update undoes it.
     fn set_loss_scale(&mut self, scale: f64);
 
-    /// Sets how the weights move in the next [`update`](Self::update); `kernels` are the ranges that weight decay applies
-    /// to.
+    /// Sets how the weights, a buffer of `parameters`, move in the next [`update`](Self::update); `kernels` are the ranges
+    /// that weight decay applies to.
     ///
     /// # Errors
     /// When the rule's constants are out of range, or the ranges do not fit.
-    fn begin_update(&mut self, rule: Rule, scalars: &Scalars, kernels: &[Range<usize>]) -> Result<()>;
+    fn begin_update(
+        &mut self,
+        rule: Rule,
+        scalars: &Scalars,
+        parameters: usize,
+        kernels: &[Range<usize>],
+    ) -> Result<()>;
 
     /// Does `work`, which must do the same for every state whenever `kind` is the same. A device may record it the first
     /// time, and from then on replay it.

@@ -29,7 +29,9 @@ fn train(threads: usize) -> [Vec<f32>; 2] {
             network.backward(&mut backend, pass, vars).expect("backward");
             let step = Step { number, learning_rate: 0.05, weight_decay: 1e-4, gradient_scale: 1.0 };
             let kernels = network.layout().decayed();
-            backend.begin_update(rule, &Scalars::plain(step), &kernels).expect("an update");
+            backend
+                .begin_update(rule, &Scalars::plain(step), state.vars.params.len(), &kernels)
+                .expect("an update");
             backend.update(&mut state).expect("update");
         }
         [state.vars.params, state.vars.stats]

@@ -225,7 +225,7 @@ impl Network {
         backend.begin_pass(&Normalisation::HALF, &MixPlan::none(images))?;
         backend.set_targets(&vec![0.0; images * self.spec.classes])?;
         let step = Step { number: 0, learning_rate: 0.0, weight_decay: 0.0, gradient_scale: 1.0 };
-        backend.begin_update(rule, &Scalars::plain(step), &layout.decayed())?;
+        backend.begin_update(rule, &Scalars::plain(step), layout.param_buffer(), &layout.decayed())?;
         self.training_pass(backend, kind, &mut state)
     }
 

@@ -243,7 +243,13 @@ impl<F: Real> Backend for Reference<F> {
         self.loss_scale = scale;
     }
 
-    fn begin_update(&mut self, rule: Rule, scalars: &Scalars, kernels: &[Range<usize>]) -> Result<()> {
+    fn begin_update(
+        &mut self,
+        rule: Rule,
+        scalars: &Scalars,
+        _parameters: usize,
+        kernels: &[Range<usize>],
+    ) -> Result<()> {
         rule.validate()?;
         self.update = Some(Update { rule, scalars: *scalars, kernels: kernels.to_vec() });
         Ok(())

@@ -11,8 +11,9 @@ use crate::data::{BadImages, Batch, Loader, LoaderConfig, Pipeline, Splits};
 use crate::model::weights::WeightFile;
 use crate::model::{Architecture, initial_values, summarise};
 use crate::nn::Network;
-use crate::optimizer::{LossScale, Scalars, Step, ema_decay};
+use crate::optimizer::{Scalars, Step, ema_decay};
 use crate::report::metrics::MetricsWriter;
+use crate::tensor::Dtype;
 use crate::{Error, Result};
 use std::path::Path;
 use std::time::Instant;
@@ -77,7 +78,8 @@ impl<B: Backend> Trainer<B> {
         }
         let state = State::new(&backend, config.optimizer, params, stats)?;
         let (format_version, position) = (FORMAT_VERSION, Position::default());
-        let description = Description { format_version, config, classes, position, loss_scale: None };
+        let description =
+            Description { format_version, config, classes, position, dtype: None, loss_scale: None };
         Self::assemble(backend, network, description, state)
     }
 
@@ -93,8 +95,9 @@ impl<B: Backend> Trainer<B> {
 
     fn assemble(backend: B, network: Network, mut description: Description, state: State<B>) -> Result<Self> {
         let normalisation = Architecture::find(&description.config.model)?.normalisation;
+        description.dtype = Some(backend.dtype());
         description.loss_scale =
-            backend.scales_loss().then(|| description.loss_scale.take().unwrap_or_default());
+            (backend.dtype() == Dtype::F16).then(|| description.loss_scale.take().unwrap_or_default());
         Ok(Self { backend, network, normalisation, description, state })
     }
 
@@ -148,7 +151,7 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// What the device says.
     pub fn largest_batch(&self) -> Result<Option<usize>> {
-        largest_batch(&self.backend, &self.description.config, &self.network)
+        largest_batch(&self.backend, &self.description.config, &self.network, true)
     }
 
     /// Trains to the end: an epoch at a time, each followed by an evaluation and a checkpoint. Returns the last scores of
@@ -333,7 +336,8 @@ impl<B: Backend> Trainer<B> {
                     loss_scale: scale * f64::from(passes),
                     max_norm: config.max_gradient_norm,
                 };
-                backend.begin_update(config.optimizer, &scalars, &network.layout().decayed())?;
+                let layout = network.layout();
+                backend.begin_update(config.optimizer, &scalars, layout.param_buffer(), &layout.decayed())?;
             }
             let (images, side, first) = (batch.len(), batch.size, passes == 1);
             let kind = PassKind { images, side, dropout, first, last };
@@ -480,8 +484,8 @@ impl<'a> Passes<'a> {
     }
 }
 
-/// The largest number of images a pass for which `backend` has memory; none if not even one fits, or nothing limits it but
-/// the machine's memory.
+/// The largest number of images a pass for which `backend` has memory, beside a [`State`] unless it `has_state` already;
+/// none if not even one fits, or nothing limits it but the machine's memory.
 ///
 /// # Errors
 /// What the device says.
@@ -489,12 +493,15 @@ pub fn largest_batch<B: Backend>(
     backend: &B,
     config: &TrainConfig,
     network: &Network,
+    has_state: bool,
 ) -> Result<Option<usize>> {
     let passes = Passes::new(config, network)?;
     let fits = |images: usize| {
         let memory = backend.memory(|backend| passes.rehearse(backend, images));
         match memory {
-            Ok(memory) => Ok(memory.map(|Memory { needed, available }| needed <= available)),
+            Ok(memory) => Ok(memory.map(|Memory { needed, buffers, available }| {
+                needed + if has_state { 0 } else { buffers } <= available
+            })),
             // More elements than an index can count.
             Err(Error::Shape { .. }) => Ok(Some(false)),
             Err(error) => Err(error),

@@ -180,7 +180,8 @@ template <class T>
 __device__ __forceinline__ void fprop(const StemInput<T>& x, const T* weight, T* y, const StemOutput<T>& output,
                                       float* partial, unsigned* counter, const NormFinish& finish,
                                       const StemShape& s) {
-    __shared__ float table[colors * 256], pivots[max_channels];
+    __shared__ float table[colors * 256];
+    __align__(16) __shared__ float pivots[max_channels];
     float* const weights = dynamic_shared<float>();
     T* const shared_rows = dynamic_shared<T>(taps * s.channels * 4);
     fill_table(x, table);
@@ -292,7 +293,8 @@ __device__ __forceinline__ void load_gradient(const T* g, const T* y, unsigned a
 template <class T>
 __device__ __forceinline__ void wgrad(const StemInput<T>& x, const T* g, const T* y, const float* owed, float* dweight,
                                       float* partial, unsigned* counter, unsigned rows_at, const StemShape& s) {
-    __shared__ float table[colors * 256], coefficients[3 * max_channels];
+    __shared__ float table[colors * 256];
+    __align__(16) __shared__ float coefficients[3 * max_channels];
     float* const gradient = dynamic_shared<float>();
     T* const shared_rows = dynamic_shared<T>(rows_at);
     fill_table(x, table);
@@ -360,7 +362,7 @@ __device__ __forceinline__ void wgrad(const StemInput<T>& x, const T* g, const T
 template <class T>
 __device__ __forceinline__ void dgrad(const T* g, const T* y, const float* owed, const T* weight, const T* skip, T* dx,
                                       const StemShape& s) {
-    __shared__ float weights[taps * max_channels];
+    __align__(16) __shared__ float weights[taps * max_channels];
     fill_weights(weight, weights, s.channels);
     __syncthreads();
     const unsigned pixel = blockIdx.x * threads + threadIdx.x;
@@ -409,7 +411,7 @@ __device__ __forceinline__ void dgrad(const T* g, const T* y, const float* owed,
         float* dweight, float* partial, unsigned* counter, unsigned rows_at, StemShape shape) {              \
         wgrad({x, bytes, table}, g, y, owed, dweight, partial, counter, rows_at, shape);                     \
     }                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(threads) stem_dgrad_##suffix(                               \
+    extern "C" __global__ void __launch_bounds__(threads, 2) stem_dgrad_##suffix(                               \
         const T* g, const T* y, const float* owed, const T* weight, const T* skip, T* dx, StemShape shape) { \
         dgrad(g, y, owed, weight, skip, dx, shape);                                                          \
     }                                                                                                        \

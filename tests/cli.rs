@@ -58,7 +58,7 @@ fn a_wrong_flag_is_named_with_its_value_and_what_would_work() {
         (&["--size", "31"], &["--size = 31", "at least 32"]),
         (&["--size", "16385"], &["--size = 16385", "at most 16384"]),
         (&["--eval-size", "8"], &["--eval-size = 8", "at least 32"]),
-        (&["--size", "48", "--first-size", "64"], &["--size = 48", "64"]),
+        (&["--size", "48", "--first-size", "64"], &["--first-size = 64", "above that of the last stage, 48"]),
         (&["--first-size", "16"], &["--first-size = 16", "at least 32"]),
         (&["--epochs", "0"], &["--epochs = 0", "at least 1"]),
         (&["--epochs", "3", "--progressive", "4"], &["--progressive = 4", "3 epochs"]),
@@ -112,7 +112,7 @@ fn data_that_cannot_be_used_is_named() {
     let folder = folder();
     let here = folder.path();
     let train = |says: &[&str]| fail(here, &ON_IMAGES, 1, says);
-    train(&["data: cannot open"]);
+    train(&["data: there is no such folder; expected `digits` or a folder with"]);
     fs::create_dir(here.join("data")).unwrap();
     train(&["data: no data set found here", "train/<class>"]);
     images(&here.join("data"));
@@ -175,6 +175,7 @@ fn strict_stops_at_a_bad_image_and_keeps_the_steps_before_it() {
     let Outcome { code, err, .. } = effnetv2(here, &longer);
     assert_eq!(code, Some(1), "{err}");
     assert!(err.contains("error: data/train/red/torn.jpg: the file is cut short"), "{err}");
+    assert!(err.contains("mend this and go on with `effnetv2 train --resume run`"), "{err}");
     fs::copy(here.join("data/train/red/0.png"), here.join("data/train/red/torn.jpg")).unwrap();
     let out = succeed(here, &["train", "--resume", "run"]);
     assert!(out.contains("going on after step") && out.contains("epoch   9/9"), "{out}");
@@ -188,6 +189,7 @@ fn a_checkpoint_that_does_not_fit_is_explained() {
     untrained(&here.join("model"), |d| d.config.model = "b0".into());
     untrained(&here.join("classes"), |d| d.classes.truncate(9));
     untrained(&here.join("future"), |d| d.format_version = 99);
+    untrained(&here.join("size"), |d| d.config.eval_size = 3);
     fs::write(here.join("torn.safetensors"), &whole[..whole.len() / 2]).unwrap();
     write(here, "text.safetensors", "neither weights nor tensors");
     let tensors: [(&str, safetensors::tensor::TensorView<'_>); 0] = [];
@@ -198,6 +200,10 @@ fn a_checkpoint_that_does_not_fit_is_explained() {
         ("empty", "empty: no checkpoint.safetensors in this folder"),
         ("model", "belongs to another model"),
         ("future", "format version 99"),
+        (
+            "size",
+            "size/checkpoint.safetensors: its configuration cannot work (eval_size = 3: must be at least 32",
+        ),
         ("torn.safetensors", "torn.safetensors: truncated or damaged"),
         ("text.safetensors", "text.safetensors: not a safetensors file"),
         ("other.safetensors", "no checkpoint of this program"),
@@ -207,7 +213,7 @@ fn a_checkpoint_that_does_not_fit_is_explained() {
         }
     }
     fail(here, &["predict", "classes", "a.png"], 1, &["classifier.weight", "number of classes"]);
-    fail(here, &["eval", "good", "--data", "nowhere"], 1, &["nowhere: cannot open"]);
+    fail(here, &["eval", "good", "--data", "nowhere"], 1, &["nowhere: there is no such folder"]);
     images(&here.join("data"));
     fail(here, &["eval", "good", "--data", "data"], 2, &["--data = data", "2 classes", "10"]);
 }
@@ -308,7 +314,7 @@ mod on_unix {
             here,
             &["train", "--resume", "run"],
             1,
-            &["run/checkpoint.safetensors: cannot write: No space left"],
+            &["run/checkpoint.safetensors: cannot write: No space left", "make room", "train --resume run`"],
         );
         assert_eq!(fs::read(here.join("run").join(CHECKPOINT)).unwrap(), before);
         assert!(!here.join("run/checkpoint.safetensors.part").exists(), "the part written is of no use");

@@ -65,7 +65,7 @@ struct GemmTile {
     /// Of a warp: wm x wn, in fragments of 16 x 8.
     static constexpr unsigned wm = bm / warps_m, wn = bn / warps_n;
     static constexpr unsigned fragments_m = wm / 16, fragments_n = wn / 8;
-    static_assert(bm % (16 * warps_m) == 0 && bn % (16 * warps_n) == 0 && bm >= 64 && bn >= 64 && stages >= 2);
+    static_assert(bm % (16 * warps_m) == 0 && bn % (16 * warps_n) == 0 && bm >= 64 && bn >= 32 && stages >= 2);
     /// A warp's piece for the turn: 16 or 8 rows, 8 floats apart from a multiple of 32 banks.
     static constexpr unsigned turn_rows = wn < 64 ? 16 : 8, turn_pitch = wn + 8, turn_floats = turn_rows * turn_pitch;
 };
@@ -176,7 +176,7 @@ template <class Tile, Major major, unsigned width, class Loader> struct Operand 
 
     /// The piece `c` of row `r` of shared memory.
     __device__ static __forceinline__ unsigned at(unsigned r, unsigned c) {
-        return (r * across + (major == Major::k ? c ^ (r / 2 % 4) : c ^ (r % 8))) * chunk;
+        return (r * across + (across == 4 ? c ^ (r / 2 % 4) : c ^ (r % 8))) * chunk;
     }
 
     __device__ __forceinline__ void enter(unsigned first) {

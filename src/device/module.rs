@@ -3,6 +3,8 @@
 //! What kernels there are and what arguments they take is a table in Rust ([`Family`]), one for each `kernels/*.cu`.
 //! Launches check their arguments against it, and tests check it against what the compilers saw.
 
+#![forbid(unsafe_code)]
+
 use super::driver_error::Doing;
 use super::monitor::Monitor;
 use super::{Device, Image, embedded_images, host, images, toolkit};

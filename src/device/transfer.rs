@@ -1,5 +1,7 @@
 //! Copies between the program's memory and the device's.
 
+#![forbid(unsafe_code)]
+
 use super::Element;
 use super::driver_error::Doing;
 use crate::{Error, Result};

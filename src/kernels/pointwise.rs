@@ -11,8 +11,8 @@
 //! same on every GPU.
 
 use super::gemm::{
-    ForwardArgument, GradientArgument, Grid, InputArgument, THREADS, TargetArgument, Tile, address,
-    step_elements,
+    ForwardArgument, GradientArgument, Grid, InputArgument, THREADS, TargetArgument, Tile, WeightGrid,
+    address, step_elements,
 };
 use super::operand::{
     Arrival, GradientKind, GradientOutput, GradientView, Input, InputKind, NormFinish, Output, OutputKind,
@@ -22,8 +22,8 @@ use super::raw::{RawElement, check_shape};
 use super::work::{Cost, Work};
 use super::workspace::Workspace;
 use crate::backend::Activation;
-use crate::device::cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
-use crate::device::{Argument, Device, Entry, Family, Kernel, Operands};
+use crate::device::cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
+use crate::device::{Device, Entry, Family, Kernel, Operands};
 use crate::tensor::{Dtype, MAX_ELEMENTS, Shape};
 use crate::{Error, Result};
 use std::marker::PhantomData;
@@ -68,57 +68,10 @@ pub const FAMILY: Family = Family {
 const OPERATION: &str = "pointwise convolution";
 const CLASSIFIER: &str = "classifier";
 
-/// `WeightGrid`: how pixels and the weights' gradient are cut.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct WeightGrid {
-    steps: u32,
-    splits: u32,
-    row_tiles: u32,
-    column_tiles: u32,
-}
-
-// SAFETY: a plain struct of the layout that the kernel declares.
-unsafe impl DeviceRepr for WeightGrid {}
-
-impl Argument for WeightGrid {
-    const CODE: &'static str = "{16:4}";
-}
-
-/// Blocks that a weight gradient aims at: two rounds of two on 132 multiprocessors.
-const WEIGHT_BLOCKS: u32 = 528;
-/// Fewest steps of a split, which writes and reads a partial tile for them.
-const WEIGHT_STEPS: u32 = 8;
-/// Partial tiles that a block adds up: `radix` of the `.cu` file.
-const RADIX: u32 = 16;
 /// Classes of a block of the bias's gradient.
 const BIAS_COLUMNS: u32 = 32;
 /// Blocks that a GPU should have at least.
 const BUSY: u32 = 132;
-
-impl WeightGrid {
-    fn new(pixels: u32, outputs: u32, inputs: u32, step: u32) -> Self {
-        let (row_tiles, column_tiles) =
-            (outputs.div_ceil(Tile::WEIGHTS.rows), inputs.div_ceil(Tile::WEIGHTS.columns));
-        let all = pixels.div_ceil(step);
-        let steps = all.div_ceil((WEIGHT_BLOCKS / (row_tiles * column_tiles)).max(1)).max(WEIGHT_STEPS);
-        Self { steps, splits: all.div_ceil(steps), row_tiles, column_tiles }
-    }
-
-    const fn tiles(&self) -> u32 {
-        self.row_tiles * self.column_tiles
-    }
-
-    /// Floats of partial tiles.
-    fn partial(&self) -> usize {
-        let tile = (Tile::WEIGHTS.rows * Tile::WEIGHTS.columns) as usize;
-        if self.splits == 1 { 0 } else { (self.splits * self.tiles()) as usize * tile }
-    }
-
-    fn counters(&self) -> usize {
-        if self.splits == 1 { 0 } else { (self.tiles() * (self.splits.div_ceil(RADIX) + 1)) as usize }
-    }
-}
 
 /// The launches of one shape and element type, known without a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -276,7 +229,7 @@ impl PointwiseWork {
         let weights = 8 * (self.x.c * self.outputs) as u64;
         Work {
             kernel: self.kernel("wgrad", &Tile::WEIGHTS),
-            grid: [grid.splits * grid.tiles(), 1, 1],
+            grid: [grid.blocks(), 1, 1],
             shared: Tile::WEIGHTS.shared(2),
             cost: Cost {
                 bytes: gradient + self.tensor(self.x.c) + owed + weights + 8 * grid.partial() as u64,
@@ -484,7 +437,7 @@ impl<T: RawElement> Pointwise<T> {
     /// Both: [`dgrad`](Self::dgrad) and [`wgrad`](Self::wgrad).
     ///
     /// # Errors
-    /// As for [`dgrad`](Self::dgrad); a buffer that only `wgrad` uses is checked when dx has been written.
+    /// As for [`dgrad`](Self::dgrad).
     pub fn backward(
         &self,
         stream: &Arc<CudaStream>,
@@ -496,6 +449,17 @@ impl<T: RawElement> Pointwise<T> {
         output: GradientOutput<'_, '_, T>,
         workspace: &mut Workspace,
     ) -> Result<()> {
+        // All of it before the first launch; each checks its own again.
+        let (x, y_shape, weights) = self.sizes();
+        refuse_gate(&gradient)?;
+        let mut operands = Operands::new(OPERATION, &self.device, stream)?;
+        input.check(&mut operands, x)?;
+        gradient.check(&mut operands, y_shape)?;
+        operands.read("weight", weight, weights)?;
+        operands.write("dx", dx, x.elements())?;
+        operands.write("dweight", dweight, weights)?;
+        output.check(&mut operands, x)?;
+        workspace.check(OPERATION, self.workspace_floats(), self.work.weight_grid().counters())?;
         self.wgrad(stream, input, gradient, dweight, workspace)?;
         self.dgrad(stream, gradient, weight, dx, output, workspace)
     }

@@ -126,7 +126,7 @@ pub fn check<B: Backend>(mut backend: B, case: &str, model: &str, naming: Naming
     let shape = Shape::new(n, side, side, 3);
     backend.prepare(|backend| rehearse(backend, &network, shape)).unwrap();
 
-    let fill = |entries: &[Entry], len| {
+    let fill = |backend: &B, entries: &[Entry], len| {
         let mut values = vec![B::Element::of(0.0); len];
         for entry in entries {
             let formula = formula::<B::Element>(entry, &name_of(naming, spec, entry));
@@ -135,9 +135,9 @@ pub fn check<B: Backend>(mut backend: B, case: &str, model: &str, naming: Naming
         backend.buffer(values).unwrap()
     };
     let mut vars: Variables<B> = Variables {
-        params: fill(&layout.params, layout.param_buffer()),
+        params: fill(&backend, &layout.params, layout.param_buffer()),
         grads: backend.zeros(layout.param_buffer()).unwrap(),
-        stats: fill(&layout.stats, layout.stat_buffer()),
+        stats: fill(&backend, &layout.stats, layout.stat_buffer()),
     };
 
     let mut pixels = vec![B::Element::of(0.0); shape.elements()];
@@ -179,7 +179,7 @@ pub fn check<B: Backend>(mut backend: B, case: &str, model: &str, naming: Naming
     drop(calibrating.forward(&mut backend, images, &mut vars, Mode::Train, 0.0).unwrap());
     let logits = eval(&mut backend, &calibrating, &mut vars, &pixels);
     assert_close("calibrated logits", logit_error(&logits, &golden.calibrated.logits));
-    vars.stats = fill(&layout.stats, layout.stat_buffer());
+    vars.stats = fill(&backend, &layout.stats, layout.stat_buffer());
 
     let images = backend.tensor(shape, pixels).unwrap();
     let mut pass = network.forward(&mut backend, images, &mut vars, Mode::Train, 0.0).unwrap();

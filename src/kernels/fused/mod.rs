@@ -19,7 +19,7 @@ use super::batch_norm::{Merge, MergeGradient};
 use super::head::Dropout;
 use super::operand::{Arrival, Debt, GradientOutput, GradientView, Input, Output, Statistics};
 use super::optimizer::{Buffers, Optimizer};
-use super::squeeze_excite::{self, Gradients, Weights};
+use super::squeeze_excite::{self, BackwardInput, Gradients, StateMut, Weights};
 use crate::backend::{
     self, Backend, Classifier, ConvNorm, DropPath, Gradient, Load, Memory, Mode, Normalisation, PassKind,
     Raw, SqueezeExcite, State, StepKey, Variables,
@@ -511,11 +511,12 @@ impl<T: FusedElement> Backend for Accelerated<T> {
         let (n, c) = (shape.n, shape.c);
         let (mut pooled, mut hidden) = (self.arena.push(n * c)?, self.arena.push(n * layer.reduced)?);
         let mut gate = self.arena.push(n * c)?;
-        let plan = self.plans.squeeze(&self.device, shape, layer.reduced)?;
-        let (stream, norm) = (self.device.compute(), x.norm.0.view());
+        let Self { device, scratch, plans, .. } = self;
+        let plan = plans.squeeze(device, shape, layer.reduced)?;
+        let workspace = scratch.with(device, plan.workspace_floats())?;
+        let norm = x.norm.0.view();
         let (y, [scale, shift, mean, rstd]) = (x.y.block.view(), vectors(&norm, c));
         let raw = RawView { y: &y, scale: &scale, shift: &shift, mean: &mean, rstd: &rstd };
-        plan.pool(stream, raw, &mut pooled.view_mut())?;
         let params = &vars.params;
         let (reduce, expand) = (params.working(&layer.reduce_weight)?, params.working(&layer.expand_weight)?);
         let (reduce_bias, expand_bias) = (params.part(&layer.reduce_bias)?, params.part(&layer.expand_bias)?);
@@ -525,7 +526,12 @@ impl<T: FusedElement> Backend for Accelerated<T> {
             expand: &expand,
             expand_bias: &expand_bias,
         };
-        plan.gate(stream, &pooled.view(), weights, &mut hidden.view_mut(), &mut gate.view_mut())?;
+        let made = StateMut {
+            pooled: &mut pooled.view_mut(),
+            hidden: &mut hidden.view_mut(),
+            gate: &mut gate.view_mut(),
+        };
+        plan.forward(device.compute(), raw, weights, made, workspace)?;
         Ok(Gate { pooled, hidden, gate: Arc::new(gate) })
     }
 
@@ -777,7 +783,7 @@ impl<T: FusedElement> Backend for Accelerated<T> {
         check_shapes("squeeze-excitation backward", shape, shape.with_channels(squeeze.channels))?;
         let (mut dx, mut owed) = (self.activation(shape)?, self.arena.push(3 * c)?);
         let mut dpool = self.arena.push(n * c)?;
-        let (mut sums, mut moments) = (self.arena.push(5 * n * c)?, self.arena.push(2 * c)?);
+        let mut sums = self.arena.push(5 * n * c)?;
         let Variables { params, grads, .. } = vars;
         let mut grads = grads.all_mut()?;
         let (y, norm, factors) = (raw.y.block.view(), raw.norm.0.view(), gate.gate.view());
@@ -789,48 +795,40 @@ impl<T: FusedElement> Backend for Accelerated<T> {
             let output = GradientOutput::Gated { y: &y, norm: &norm, sums: &mut sums };
             self.backward(layer, input, shape, &grad, output, &weight, &mut dweight, &mut dx)?;
         }
-        let Self { device, plans, .. } = self;
-        let stream = device.compute();
-        {
-            let (reduce, expand) =
-                (params.working(&squeeze.reduce_weight)?, params.working(&squeeze.expand_weight)?);
-            let (reduce_bias, expand_bias) =
-                (params.part(&squeeze.reduce_bias)?, params.part(&squeeze.expand_bias)?);
-            let weights = Weights {
-                reduce: &reduce,
-                reduce_bias: &reduce_bias,
-                expand: &expand,
-                expand_bias: &expand_bias,
-            };
-            parts!(
-                grads;
-                dreduce: &squeeze.reduce_weight,
-                dreduce_bias: &squeeze.reduce_bias,
-                dexpand: &squeeze.expand_weight,
-                dexpand_bias: &squeeze.expand_bias,
-            );
-            let gradients = Gradients {
-                reduce: &mut dreduce,
-                reduce_bias: &mut dreduce_bias,
-                expand: &mut dexpand,
-                expand_bias: &mut dexpand_bias,
-            };
-            let (pooled, hidden) = (gate.pooled.view(), gate.hidden.view());
-            let made = squeeze_excite::State { pooled: &pooled, hidden: &hidden, gate: &factors };
-            plans.squeeze(device, shape, squeeze.reduced)?.backward(
-                stream,
-                &sums.view(),
-                made,
-                weights,
-                gradients,
-                &mut dpool.view_mut(),
-                &mut moments.view_mut(),
-            )?;
-        }
-        parts!(grads; dgamma: &producer.gamma, dbeta: &producer.beta);
+        let Self { device, scratch, plans, .. } = self;
+        let (reduce, expand) =
+            (params.working(&squeeze.reduce_weight)?, params.working(&squeeze.expand_weight)?);
+        let (reduce_bias, expand_bias) =
+            (params.part(&squeeze.reduce_bias)?, params.part(&squeeze.expand_bias)?);
+        let weights = Weights {
+            reduce: &reduce,
+            reduce_bias: &reduce_bias,
+            expand: &expand,
+            expand_bias: &expand_bias,
+        };
+        parts!(
+            grads;
+            dgamma: &producer.gamma,
+            dbeta: &producer.beta,
+            dreduce: &squeeze.reduce_weight,
+            dreduce_bias: &squeeze.reduce_bias,
+            dexpand: &squeeze.expand_weight,
+            dexpand_bias: &squeeze.expand_bias,
+        );
+        let gradients = Gradients {
+            reduce: &mut dreduce,
+            reduce_bias: &mut dreduce_bias,
+            expand: &mut dexpand,
+            expand_bias: &mut dexpand_bias,
+        };
         let mut owed_view = owed.view_mut();
         let debt = Debt { norm: &norm, dgamma: &mut dgamma, dbeta: &mut dbeta, owed: &mut owed_view };
-        plans.norm(device, shape)?.owe(stream, &moments.view(), 1, debt)?;
+        let (sums, pooled, hidden) = (sums.view(), gate.pooled.view(), gate.hidden.view());
+        let made = squeeze_excite::State { pooled: &pooled, hidden: &hidden, gate: &factors };
+        let plan = plans.squeeze(device, shape, squeeze.reduced)?;
+        let workspace = scratch.with(device, plan.workspace_floats())?;
+        let input = BackwardInput { sums: &sums, state: made, weights };
+        plan.backward(device.compute(), input, gradients, &mut dpool.view_mut(), debt, workspace)?;
         let arrival = OwedArrival::Gated { norm: raw.norm.clone(), gate: gate.gate.clone(), dpool };
         Ok((dx, Owed { owed, arrival }))
     }

@@ -14,6 +14,7 @@ use crate::kernels::batch_norm::BatchNormShape;
 use crate::kernels::conv3x3::Conv3x3Shape;
 use crate::kernels::depthwise::{BackwardKind, DepthwiseShape};
 use crate::kernels::pointwise::PointwiseWork;
+use crate::kernels::squeeze_excite::SqueezeExciteShape;
 use crate::kernels::stem::StemShape;
 use crate::kernels::{GradientKind, InputKind, OutputKind, Work};
 use crate::optimizer::{Rule, Scalars};
@@ -180,6 +181,12 @@ impl Planner {
         let norm = BatchNormShape::new(shape, self.dtype)?;
         self.needs(norm.workspace_floats());
         Ok(norm)
+    }
+
+    fn squeeze_shape(&mut self, shape: Shape, reduced: usize) -> Result<SqueezeExciteShape> {
+        let squeeze = SqueezeExciteShape::new(shape, reduced, self.dtype)?;
+        self.needs(squeeze.workspace_floats());
+        Ok(squeeze)
     }
 
     fn fprop(&mut self, layer: &ConvNorm, x: Shape, input: InputKind, output: OutputKind) -> Result<()> {
@@ -354,6 +361,8 @@ impl Backend for Planner {
     ) -> Result<Gate> {
         let Shape { n, c, .. } = x.y.shape;
         let spans = [self.floats(n * c), self.floats(n * layer.reduced)];
+        let work = self.squeeze_shape(x.y.shape, layer.reduced)?.forward_work();
+        self.launch(work);
         Ok(Gate { _spans: spans, gate: Rc::new(self.floats(n * c)) })
     }
 
@@ -477,17 +486,17 @@ impl Backend for Planner {
         &mut self,
         layer: &ConvNorm,
         (_, raw): (&ConvNorm, &Raw<Self>),
-        (_, gate): (&SqueezeExcite, &Gate),
+        (squeeze, gate): (&SqueezeExcite, &Gate),
         grad: Gradient<'_, Self>,
         _: &mut Variables<Self>,
     ) -> Result<(Activation, Owed)> {
         let shape = raw.y.shape;
         let (n, c) = (shape.n, shape.c);
         let (dx, owed, dpool) = (self.activation(shape), self.floats(3 * c), self.floats(n * c));
-        let _temporary = [self.floats(5 * n * c), self.floats(2 * c)];
+        let _sums = self.floats(5 * n * c);
         self.backward(layer, shape, InputKind::Gated, grad.owed, Some(GradientKind::Gated))?;
-        let work = self.norm_shape(shape)?.owe_work(1);
-        self.launch(work);
+        let squeeze = self.squeeze_shape(shape, squeeze.reduced)?;
+        squeeze.backward_works().into_iter().for_each(|work| self.launch(work));
         let arrival = Arrival::Gated { _norm: raw.norm.clone(), _gate: gate.gate.clone(), _dpool: dpool };
         Ok((dx, Owed { _owed: owed, arrival }))
     }

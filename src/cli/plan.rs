@@ -1,5 +1,6 @@
 //! `plan`: what a training step launches, moves and takes, without a GPU.
 
+use super::compute::DtypeName;
 use super::output::say;
 use crate::backend::PassKind;
 use crate::kernels::fused::{Footprint, Planner};
@@ -11,7 +12,6 @@ use crate::report::table::{Column, Table, bytes, percent, si, thousands};
 use crate::tensor::Dtype;
 use crate::train::progressive::check_side;
 use crate::{Error, Result};
-use clap::builder::{PossibleValuesParser, TypedValueParser};
 use std::collections::BTreeMap;
 
 /// List every launch of a training step with the least time it can take; no GPU is needed.
@@ -30,8 +30,8 @@ pub(super) struct Args {
     #[arg(long, value_name = "PIXELS")]
     size: Option<usize>,
     /// The type of activations.
-    #[arg(long, default_value = "bf16", value_parser = dtypes())]
-    dtype: Dtype,
+    #[arg(long, default_value = "bf16")]
+    dtype: DtypeName,
     /// Number of classes.
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
     classes: u32,
@@ -47,12 +47,6 @@ pub(super) struct Args {
     /// Leave out the launches and print what they come to.
     #[arg(long)]
     totals: bool,
-}
-
-fn dtypes() -> impl TypedValueParser<Value = Dtype> {
-    let all = [Dtype::F32, Dtype::F16, Dtype::Bf16];
-    PossibleValuesParser::new(all.map(Dtype::suffix))
-        .map(move |name| all.into_iter().find(|dtype| dtype.suffix() == name).unwrap_or_default())
 }
 
 fn positive(text: &str) -> Result<f64, String> {
@@ -73,7 +67,7 @@ struct Ceilings {
 impl Ceilings {
     fn of(args: &Args) -> Self {
         // In f32 there are no tensor cores.
-        let tensor = if args.dtype == Dtype::F32 { args.vector } else { args.tensor };
+        let tensor = if args.dtype == DtypeName::F32 { args.vector } else { args.tensor };
         Self {
             bytes: args.bandwidth * 1e12,
             tensor_operations: tensor * 1e12,
@@ -100,29 +94,30 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let architecture = Architecture::find(&args.model)?;
     let size = args.size.unwrap_or(architecture.train_size);
     check_side("--size", size)?;
-    let (images, classes) = (args.batch as usize, args.classes as usize);
+    let (images, classes, dtype) = (args.batch as usize, args.classes as usize, Dtype::from(args.dtype));
     let network = Network::new(architecture.network(classes));
-    let mut planner = Planner::new(args.dtype);
+    let mut planner = Planner::new(dtype);
     let kind = PassKind { images, side: size, dropout: architecture.dropout, first: true, last: true };
     network.rehearse_training(&mut planner, kind, Rule::PAPER).map_err(|error| match error {
         Error::Shape { problem, .. } => Error::usage("--batch", images, problem),
         error => error,
     })?;
-    let (launches, ceilings) = (planner.launches(), Ceilings::of(args));
+    let launches: Vec<Work> = planner.draw().into_iter().chain(planner.launches().iter().cloned()).collect();
+    let ceilings = Ceilings::of(args);
     say!(
         "{}, {size} × {size} pixels, {classes} classes, batch {images}, {}; floors at {} TB/s, {} TFLOP/s of matrix products \
          and {} TFLOP/s of the rest\n",
         architecture.name,
-        args.dtype,
+        dtype,
         args.bandwidth,
         ceilings.tensor_operations / 1e12,
         args.vector
     )?;
     if !args.totals {
-        say!("{}", list(launches, &ceilings))?;
+        say!("{}", list(&launches, &ceilings))?;
     }
-    say!("{}", by_kernel(launches, &ceilings))?;
-    let flows = Dataflow::ALL.map(|flow| (flow, traffic(network.spec(), size, args.dtype.bytes(), flow)));
+    say!("{}", by_kernel(&launches, &ceilings))?;
+    let flows = Dataflow::ALL.map(|flow| (flow, traffic(network.spec(), size, dtype.bytes(), flow)));
     let mut table = Table::new([
         Column::left("for each image"),
         Column::right("moved"),
@@ -143,7 +138,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let (moved, arena) = (each(total.bytes), each(footprint.arena as u64));
     table.totals(["this step".into(), si(moved, "B"), si(arena, "B"), String::new()]);
     say!("{table}")?;
-    let floor = ceilings.sum(launches);
+    let floor = ceilings.sum(&launches);
     say!(
         "floor: {} a step, {} an image, {} images/s",
         si(floor, "s"),

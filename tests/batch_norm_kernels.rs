@@ -399,7 +399,7 @@ fn any_act() -> impl Strategy<Value = Activation> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(devices::cases(24))]
 
     #[test]
     fn moments_are_exact_ones_but_for_rounding(shape in any_shape(), seed in any::<u64>()) {

@@ -164,7 +164,7 @@ fn any_epilogue() -> impl Strategy<Value = Epilogue> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 20, ..ProptestConfig::default() })]
+    #![proptest_config(devices::cases(20))]
 
     #[test]
     fn all_directions_are_the_reference_s(

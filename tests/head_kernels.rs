@@ -223,7 +223,7 @@ fn any_rate() -> impl Strategy<Value = f64> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
+    #![proptest_config(devices::cases(32))]
 
     #[test]
     fn pools_are_the_reference_s(shape in any_shape(), rate in any_rate(), on in any::<bool>(), seed in any::<u64>()) {

@@ -87,7 +87,7 @@ fn any_size() -> impl Strategy<Value = (usize, usize)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+    #![proptest_config(devices::cases(64))]
 
     #[test]
     fn batches_are_the_reference_s(

@@ -556,7 +556,7 @@ fn any_shape() -> impl Strategy<Value = (Shape, usize)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 16, ..ProptestConfig::default() })]
+    #![proptest_config(devices::cases(16))]
 
     #[test]
     fn every_direction_is_the_reference_s(

@@ -339,7 +339,7 @@ fn any_shape() -> impl Strategy<Value = (Shape, usize)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(devices::cases(24))]
 
     #[test]
     fn every_stage_is_the_reference_s((shape, reduced) in any_shape(), seed in any::<u64>()) {

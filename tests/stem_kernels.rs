@@ -140,7 +140,7 @@ fn any_case() -> impl Strategy<Value = (Conv, (usize, usize, usize))> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(devices::cases(24))]
 
     #[test]
     fn all_directions_are_the_reference_s((conv, images) in any_case(), seed in any::<u64>()) {

@@ -9,6 +9,8 @@ mod eval;
 mod inference;
 mod interrupt;
 mod output;
+#[cfg(feature = "cuda")]
+mod plan;
 mod predict;
 mod progress;
 mod summary;
@@ -35,6 +37,8 @@ enum Command {
     Eval(eval::Args),
     Predict(predict::Args),
     Summary(summary::Args),
+    #[cfg(feature = "cuda")]
+    Plan(plan::Args),
     /// Show the NVIDIA driver, the GPUs and the kernels built for them.
     Devices(devices::Args),
 }
@@ -47,6 +51,8 @@ pub fn main() -> ExitCode {
         Command::Eval(args) => eval::run(&args),
         Command::Predict(args) => predict::run(&args),
         Command::Summary(args) => summary::run(&args),
+        #[cfg(feature = "cuda")]
+        Command::Plan(args) => plan::run(&args),
         Command::Devices(args) => devices::run(&args),
     };
     match outcome {

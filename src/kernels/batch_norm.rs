@@ -532,6 +532,17 @@ impl Evaluation {
 /// Words of the kernels' `EvaluatePart`.
 const PART_WORDS: usize = 8;
 
+/// The launch of [`StochasticDepth::draw`] for batches of `images` images and `blocks` blocks that drop.
+pub fn factors_work(images: usize, blocks: usize) -> Work {
+    let bytes = 4 * (DROP_WORDS * blocks + images + images * blocks) as u64;
+    let cost = Cost { bytes, tensor_operations: 0, operations: 0 };
+    let grid = [blocks as u32, (images as u32).div_ceil(THREADS), 1];
+    Work { kernel: "batch_norm_factors".into(), grid, shared: 0, cost }
+}
+
+/// Words of the kernels' `Drop`.
+const DROP_WORDS: usize = 3;
+
 /// The factors of stochastic depth of all blocks, drawn in one launch for each step.
 #[derive(Debug)]
 pub struct StochasticDepth {
@@ -562,7 +573,7 @@ impl StochasticDepth {
             );
             return Err(Error::Shape { operation: DEPTH, problem });
         };
-        let mut words = Vec::with_capacity(3 * blocks.len());
+        let mut words = Vec::with_capacity(DROP_WORDS * blocks.len());
         for &DropPath { rate, block } in blocks {
             if !(0.0..1.0).contains(&rate) {
                 return Err(Error::usage("drop_path", rate, "expected a number from 0 to below 1"));
@@ -573,13 +584,7 @@ impl StochasticDepth {
                 Purpose::DropPath(block).code(),
             ]);
         }
-        let cost = Cost {
-            bytes: 4 * (words.len() + images + images * blocks.len()) as u64,
-            tensor_operations: 0,
-            operations: 0,
-        };
-        let grid = [blocks.len() as u32, (images as u32).div_ceil(THREADS), 1];
-        let work = Work { kernel: "batch_norm_factors".into(), grid, shared: 0, cost };
+        let work = factors_work(images, blocks.len());
         Ok(Self {
             device: device.clone(),
             kernel: device.module(&FAMILY)?.kernel(&work.kernel)?,

@@ -10,7 +10,7 @@ use crate::data::MixPlan;
 use crate::data::transform::{CropBox, Resampling};
 use crate::device::cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
 use crate::device::{self, Device, Element, Entry, Family, Kernel, Operands};
-use crate::tensor::MAX_ELEMENTS;
+use crate::tensor::{Dtype, MAX_ELEMENTS};
 use crate::{Error, Result};
 use half::{bf16, f16};
 use std::sync::Arc;
@@ -53,6 +53,18 @@ impl InputElement for f16 {
 
 impl InputElement for bf16 {
     const KERNEL: &'static str = "input_bf16";
+}
+
+/// The launch of [`Input::forward`] for `images` images of `side` × `side` pixels, unmixed.
+pub fn forward_work(images: usize, side: usize, dtype: Dtype) -> Work {
+    let elements = images * side * side * CHANNELS;
+    let bytes = elements * (1 + dtype.bytes()) + 4 * (CHANNELS * 256 + images * MIX_WORDS);
+    let cost = Cost { bytes: bytes as u64, tensor_operations: 0, operations: 2 * elements as u64 };
+    Work { kernel: format!("input_{dtype}"), grid: grid(elements as u32), shared: 0, cost }
+}
+
+const fn grid(elements: u32) -> [u32; 3] {
+    [elements.div_ceil(TILE), 1, 1]
 }
 
 /// The plan for batches of one size and element type.
@@ -170,9 +182,7 @@ impl<T: InputElement> Input<T> {
         // SAFETY: `images` and y have `elements` elements and do not overlap, `table` has 3 · 256, `mix` one `Mix` an
         // image, each with a partner among them. Block b writes only elements below `elements` of the TILE from
         // b · TILE on, and reads pixels of their images and those images' partners.
-        unsafe {
-            launch.run([elements.div_ceil(TILE), 1, 1], 0, format_args!("{n} images of {side}×{side} pixels"))
-        }
+        unsafe { launch.run(grid(elements), 0, format_args!("{n} images of {side}×{side} pixels")) }
     }
 }
 

@@ -504,13 +504,67 @@ fn launch_wgrad(
     unsafe { launch.run(launched.grid, launched.shared, shapes) }
 }
 
+/// The launches of a classifier, known without a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClassifierWork {
+    /// With classes rounded up to a multiple of 8.
+    products: PointwiseWork,
+    classes: usize,
+}
+
+impl ClassifierWork {
+    /// For `features` \[images, features\], a multiple of 8, and any number of classes.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for no images or classes, features that are no multiple of 8, or 2³¹ elements and more.
+    pub fn new(images: usize, features: usize, classes: usize, dtype: Dtype) -> Result<Self> {
+        let pitch =
+            classes.checked_next_multiple_of(8).filter(|&pitch| pitch > 0).ok_or_else(|| Error::Shape {
+                operation: CLASSIFIER,
+                problem: format!("{classes} classes; 1 and more are possible"),
+            })?;
+        Ok(Self { products: PointwiseWork::new(Shape::new(images, 1, 1, features), pitch, dtype)?, classes })
+    }
+
+    /// The launch of [`Classifier::fprop`].
+    pub fn fprop(&self) -> Work {
+        self.products.fprop(InputKind::Plain, OutputKind::Folded { skip: false })
+    }
+
+    /// The launches of [`Classifier::backward`]: the bias, dfeatures, the weights.
+    pub fn backward(&self) -> [Work; 3] {
+        let PointwiseWork { x, outputs: pitch, dtype } = self.products;
+        let (n, c) = (x.n, self.classes);
+        let copy = if self.is_padded() { n * pitch } else { 0 };
+        let bias = Work {
+            kernel: format!("pointwise_classifier_bias_{dtype}"),
+            grid: [(pitch as u32).div_ceil(BIAS_COLUMNS), 1, 1],
+            shared: 0,
+            cost: Cost {
+                bytes: ((n * c + copy) * dtype.bytes() + 8 * c) as u64,
+                tensor_operations: 0,
+                operations: (n * c) as u64,
+            },
+        };
+        let dgrad = self.products.dgrad(GradientKind::Plain { skip: false });
+        [bias, dgrad, self.products.wgrad(InputKind::Plain)]
+    }
+
+    /// Floats of a [`Workspace`] that every operation does with.
+    pub fn workspace_floats(&self) -> usize {
+        self.products.workspace_floats()
+    }
+
+    const fn is_padded(&self) -> bool {
+        self.products.outputs != self.classes
+    }
+}
+
 /// The classifier of a number of images, features and classes: logits = features·Wᵀ + bias.
 #[derive(Debug)]
 pub struct Classifier<T> {
     device: Device,
-    /// Forward, and backward with classes rounded up to a multiple of 8.
-    work: PointwiseWork,
-    classes: usize,
+    work: ClassifierWork,
     fprop: Kernel,
     dgrad: Kernel,
     wgrad: Kernel,
@@ -523,24 +577,19 @@ impl<T: RawElement> Classifier<T> {
     /// For `features` \[images, features\], a multiple of 8, and any number of classes.
     ///
     /// # Errors
-    /// [`Error::Shape`] for no images or classes, features that are no multiple of 8, or 2³¹ elements and more; those of
-    /// [`Device::module`]; [`Error::Driver`].
+    /// Those of [`ClassifierWork::new`] and [`Device::module`]; [`Error::Driver`].
     pub fn plan(device: &Device, images: usize, features: usize, classes: usize) -> Result<Self> {
-        let pitch =
-            classes.checked_next_multiple_of(8).filter(|&pitch| pitch > 0).ok_or_else(|| Error::Shape {
-                operation: CLASSIFIER,
-                problem: format!("{classes} classes; 1 and more are possible"),
-            })?;
-        let work = PointwiseWork::new(Shape::new(images, 1, 1, features), pitch, T::DTYPE)?;
-        let padded = if pitch == classes { None } else { Some(device.zeros(images * pitch)?) };
+        let work = ClassifierWork::new(images, features, classes, T::DTYPE)?;
+        let [bias, dgrad, wgrad] = work.backward();
+        let padded =
+            if work.is_padded() { Some(device.zeros(images * work.products.outputs)?) } else { None };
         Ok(Self {
             device: device.clone(),
+            fprop: load(device, &work.fprop())?,
+            dgrad: load(device, &dgrad)?,
+            wgrad: load(device, &wgrad)?,
+            bias: load(device, &bias)?,
             work,
-            classes,
-            fprop: load(device, &work.fprop(InputKind::Plain, OutputKind::Plain))?,
-            dgrad: load(device, &work.dgrad(GradientKind::Plain { skip: false }))?,
-            wgrad: load(device, &work.wgrad(InputKind::Plain))?,
-            bias: device.module(&FAMILY)?.kernel(&format!("pointwise_classifier_bias_{}", T::SUFFIX))?,
             padded,
         })
     }
@@ -550,23 +599,9 @@ impl<T: RawElement> Classifier<T> {
         self.work.workspace_floats()
     }
 
-    /// The launches of [`fprop`](Self::fprop) and of [`backward`](Self::backward): the bias, dfeatures, the weights.
-    pub fn work(&self) -> [Work; 4] {
-        let (n, c, pitch) = (self.work.x.n, self.classes, self.work.outputs);
-        let copy = if self.padded.is_some() { n * pitch } else { 0 };
-        let bias = Work {
-            kernel: format!("pointwise_classifier_bias_{}", T::SUFFIX),
-            grid: [(pitch as u32).div_ceil(BIAS_COLUMNS), 1, 1],
-            shared: 0,
-            cost: Cost {
-                bytes: ((n * c + copy) * T::DTYPE.bytes() + 8 * c) as u64,
-                tensor_operations: 0,
-                operations: (n * c) as u64,
-            },
-        };
-        let folded = OutputKind::Folded { skip: false };
-        let dgrad = self.work.dgrad(GradientKind::Plain { skip: false });
-        [self.work.fprop(InputKind::Plain, folded), bias, dgrad, self.work.wgrad(InputKind::Plain)]
+    /// What it launches.
+    pub fn work(&self) -> &ClassifierWork {
+        &self.work
     }
 
     /// logits \[images, classes\] ← features·Wᵀ + bias, `weight` being \[classes, features\].
@@ -581,17 +616,18 @@ impl<T: RawElement> Classifier<T> {
         bias: &CudaView<'_, f32>,
         logits: &mut CudaViewMut<'_, T>,
     ) -> Result<()> {
-        let (x, classes) = (self.work.x, self.classes);
+        let ClassifierWork { products, classes } = self.work;
+        let x = products.x;
         let mut operands = Operands::new(CLASSIFIER, &self.device, stream)?;
         operands.read("features", features, x.elements())?;
         operands.read("weight", weight, classes * x.c)?;
         operands.read("bias", bias, classes)?;
         operands.write("logits", logits, x.n * classes)?;
-        let input = InputArgument::new(&Input::Plain(features), stream, self.work.rows(), x.c as u32, 1);
+        let input = InputArgument::new(&Input::Plain(features), stream, products.rows(), x.c as u32, 1);
         let (y, bias) = (address(logits, stream), address(bias, stream));
         let to = ForwardArgument { y, bias, skip: 0, silu: 0, moments: 0 };
-        let work = self.work.fprop(InputKind::Plain, OutputKind::Folded { skip: false });
-        let (grid, columns) = (self.work.grid(self.work.outputs), classes as u32);
+        let work = self.work.fprop();
+        let (grid, columns) = (products.grid(products.outputs), classes as u32);
         let norm = NormFinish::default();
         let mut launch = self.fprop.on(stream);
         launch.value(&input).input(weight).value(&to).value(&columns).value(&grid).value(&norm).null().null();
@@ -617,7 +653,8 @@ impl<T: RawElement> Classifier<T> {
         dbias: &mut CudaViewMut<'_, f32>,
         workspace: &mut Workspace,
     ) -> Result<()> {
-        let (x, classes, pitch) = (self.work.x, self.classes, self.work.outputs as u32);
+        let ClassifierWork { products, classes } = self.work;
+        let (x, pitch) = (products.x, products.outputs as u32);
         let mut operands = Operands::new(CLASSIFIER, &self.device, stream)?;
         operands.read("features", features, x.elements())?;
         operands.read("dlogits", dlogits, x.n * classes)?;
@@ -625,7 +662,7 @@ impl<T: RawElement> Classifier<T> {
         operands.write("dfeatures", dfeatures, x.elements())?;
         operands.write("dweight", dweight, classes * x.c)?;
         operands.write("dbias", dbias, classes)?;
-        workspace.check(CLASSIFIER, self.workspace_floats(), self.work.weight_grid().counters())?;
+        workspace.check(CLASSIFIER, self.workspace_floats(), products.weight_grid().counters())?;
         let shapes = format_args!("{} images, {classes} classes", x.n);
         let (images, columns, inputs) = (x.n as u32, classes as u32, x.c as u32);
         {
@@ -640,9 +677,9 @@ impl<T: RawElement> Classifier<T> {
         }
         let padded = self.padded.as_ref().map(CudaSlice::as_view);
         let dy = GradientArgument::plain(padded.as_ref().unwrap_or(dlogits), stream, images, columns, pitch);
-        let work = self.work.dgrad(GradientKind::Plain { skip: false });
+        let work = products.dgrad(GradientKind::Plain { skip: false });
         let to = TargetArgument { dx: address(dfeatures, stream), skip: 0, y: 0, norm: 0 };
-        let (grid, owed) = (self.work.grid(x.c), OwedFinish::default());
+        let (grid, owed) = (products.grid(x.c), OwedFinish::default());
         let mut launch = self.dgrad.on(stream);
         launch.value(&dy).input(weight).value(&to).value(&inputs).value(&grid).value(&owed).null().null();
         // SAFETY: all buffers have their shapes, rows of dlogits or its copy begin at multiples of 16 bytes, and dfeatures
@@ -650,6 +687,6 @@ impl<T: RawElement> Classifier<T> {
         // sums it uses no partial results.
         unsafe { launch.run(work.grid, work.shared, shapes) }?;
         let input = InputArgument::new(&Input::Plain(features), stream, images, inputs, 1);
-        launch_wgrad(&self.wgrad, &self.work, InputKind::Plain, stream, (&dy, &input), dweight, workspace)
+        launch_wgrad(&self.wgrad, &products, InputKind::Plain, stream, (&dy, &input), dweight, workspace)
     }
 }

@@ -10,10 +10,13 @@ use crate::backend::{
 };
 use crate::data::MixPlan;
 use crate::device::Layout;
-use crate::kernels::batch_norm::BatchNormShape;
+use crate::kernels::batch_norm::{self, BatchNormShape};
 use crate::kernels::conv3x3::Conv3x3Shape;
 use crate::kernels::depthwise::{BackwardKind, DepthwiseShape};
-use crate::kernels::pointwise::PointwiseWork;
+use crate::kernels::head::HeadShape;
+use crate::kernels::input;
+use crate::kernels::optimizer::{self, UpdateShape};
+use crate::kernels::pointwise::{ClassifierWork, PointwiseWork};
 use crate::kernels::squeeze_excite::SqueezeExciteShape;
 use crate::kernels::stem::StemShape;
 use crate::kernels::{GradientKind, InputKind, OutputKind, Work};
@@ -90,8 +93,8 @@ enum Arrival {
 pub struct Head {
     _spans: [Span; 2],
     dlogits: Option<Span>,
-    images: usize,
-    classes: usize,
+    shape: HeadShape,
+    logits: usize,
 }
 
 /// Goes through passes and notes what they take.
@@ -103,6 +106,8 @@ pub struct Planner {
     largest_batch: usize,
     targets: usize,
     parameters: usize,
+    rule: Option<Rule>,
+    images: usize,
     buffers: Cell<usize>,
     drops: Vec<DropPath>,
     launches: Vec<Work>,
@@ -120,6 +125,8 @@ impl Planner {
             largest_batch: 0,
             targets: 0,
             parameters: 0,
+            rule: None,
+            images: 0,
             buffers: Cell::new(0),
             drops: Vec::new(),
             launches: Vec::new(),
@@ -146,9 +153,14 @@ impl Planner {
         &self.drops
     }
 
-    /// Every launch so far.
+    /// Every launch of the training passes so far, but for [`draw`](Self::draw).
     pub fn launches(&self) -> &[Work] {
         &self.launches
+    }
+
+    /// What each step launches before its first pass, if any block's branch is dropped.
+    pub fn draw(&self) -> Option<Work> {
+        (!self.drops.is_empty()).then(|| batch_norm::factors_work(self.images, self.drops.len()))
     }
 
     fn push(&self, elements: usize, bytes: usize) -> Span {
@@ -313,14 +325,15 @@ impl Backend for Planner {
         Ok(())
     }
 
-    fn begin_step(&mut self, _: &StepKey) -> Result<()> {
+    fn begin_step(&mut self, key: &StepKey) -> Result<()> {
+        self.images = key.images.len();
         Ok(())
     }
 
     fn set_loss_scale(&mut self, _: f64) {}
 
-    fn begin_update(&mut self, _: Rule, _: &Scalars, parameters: usize, _: &[Range<usize>]) -> Result<()> {
-        self.parameters = parameters;
+    fn begin_update(&mut self, rule: Rule, _: &Scalars, parameters: usize, _: &[Range<usize>]) -> Result<()> {
+        (self.rule, self.parameters) = (Some(rule), parameters);
         Ok(())
     }
 
@@ -328,7 +341,9 @@ impl Backend for Planner {
         let (images, side) = self.begun.take().ok_or_else(|| missing("input"))?;
         let shape = Shape::new(images, side, side, 3);
         self.largest_batch = self.largest_batch.max(shape.elements());
-        Ok(self.activation(shape))
+        let x = self.activation(shape);
+        self.launch(input::forward_work(images, side, self.dtype));
+        Ok(x)
     }
 
     fn conv_norm(
@@ -384,13 +399,14 @@ impl Backend for Planner {
     }
 
     fn head(&mut self, layer: &Classifier, x: &Raw<Self>, _: f64, _: &mut Variables<Self>) -> Result<Head> {
-        let (images, classes) = (x.y.shape.n, layer.classes);
-        let spans = [self.elements(images * layer.features), self.elements(images * classes)];
-        let shape = Shape::new(images, 1, 1, layer.features);
-        let shape = PointwiseWork::new(shape, classes.next_multiple_of(8), self.dtype)?;
-        self.needs(shape.workspace_floats());
-        self.launch(shape.fprop(InputKind::Plain, OutputKind::Folded { skip: false }));
-        Ok(Head { _spans: spans, dlogits: None, images, classes })
+        let (shape, classes) = (x.y.shape, layer.classes);
+        let spans = [self.elements(shape.n * layer.features), self.elements(shape.n * classes)];
+        let head = HeadShape::new(shape, classes, self.dtype)?;
+        let classifier = ClassifierWork::new(shape.n, layer.features, classes, self.dtype)?;
+        self.needs(classifier.workspace_floats());
+        self.launch(head.pool_work());
+        self.launch(classifier.fprop());
+        Ok(Head { _spans: spans, dlogits: None, shape: head, logits: shape.n * classes })
     }
 
     fn logits(&self, _: &Head) -> Result<Vec<f32>> {
@@ -398,7 +414,8 @@ impl Backend for Planner {
     }
 
     fn loss_gradient(&mut self, head: &mut Head) -> Result<()> {
-        head.dlogits = Some(self.elements(head.images * head.classes));
+        head.dlogits = Some(self.elements(head.logits));
+        head.shape.cross_entropy_works().into_iter().for_each(|work| self.launch(work));
         Ok(())
     }
 
@@ -410,16 +427,15 @@ impl Backend for Planner {
         &mut self,
         layer: &Classifier,
         (_, x): (&ConvNorm, &Raw<Self>),
-        _: &Head,
+        head: &Head,
         _: &mut Variables<Self>,
     ) -> Result<(Activation, Owed)> {
         let shape = x.y.shape;
         let (dz, owed) = (self.activation(shape), self.floats(3 * shape.c));
         let _temporary = [self.elements(shape.n * layer.features), self.floats(2 * shape.n * shape.c)];
-        let classifier = Shape::new(shape.n, 1, 1, layer.features);
-        let classifier = PointwiseWork::new(classifier, layer.classes.next_multiple_of(8), self.dtype)?;
-        self.launch(classifier.dgrad(GradientKind::Plain { skip: false }));
-        self.launch(classifier.wgrad(InputKind::Plain));
+        let classifier = ClassifierWork::new(shape.n, layer.features, layer.classes, self.dtype)?;
+        classifier.backward().into_iter().for_each(|work| self.launch(work));
+        self.launch(head.shape.pool_backward_work());
         let work = self.norm_shape(shape)?.owe_work(shape.n);
         self.launch(work);
         Ok((dz, Owed { _owed: owed, arrival: Arrival::Alone }))
@@ -509,7 +525,12 @@ impl Backend for Planner {
         Err(missing("norm"))
     }
 
-    fn update(&mut self, _: &mut State<Self>) -> Result<()> {
+    fn update(&mut self, state: &mut State<Self>) -> Result<()> {
+        let rule = self.rule.ok_or_else(|| missing("update"))?;
+        let shape = UpdateShape { rule, parameters: self.parameters };
+        shape.norm_work().into_iter().for_each(|work| self.launch(work));
+        self.launch(shape.update_work(true, self.dtype));
+        self.launch(optimizer::average_work(state.average.stats));
         Ok(())
     }
 

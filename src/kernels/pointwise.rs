@@ -368,7 +368,8 @@ impl<T: RawElement> Pointwise<T> {
         output.check(&mut operands, x)?;
         let work = self.work.dgrad(output.kind());
         if output.kind() == GradientKind::Gated && 5 * x.n * x.c > MAX_ELEMENTS {
-            let problem = format!("{x} with 5 sums for each image and channel; at most {MAX_ELEMENTS} are possible");
+            let problem =
+                format!("{x} with 5 sums for each image and channel; at most {MAX_ELEMENTS} are possible");
             return Err(Error::Shape { operation: OPERATION, problem });
         }
         let grid = self.work.grid(x.c);

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bench;
 mod demo;
 mod devices;
 mod eval;
@@ -35,6 +36,7 @@ enum Command {
     Eval(eval::Args),
     Predict(predict::Args),
     Summary(summary::Args),
+    Bench(bench::Args),
     /// Show the NVIDIA driver, the GPUs and the kernels built for them.
     Devices(devices::Args),
 }
@@ -66,6 +68,7 @@ pub fn main() -> ExitCode {
         Command::Eval(args) => eval::run(&args),
         Command::Predict(args) => predict::run(&args),
         Command::Summary(args) => summary::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Devices(args) => devices::run(&args),
     };
     match outcome {

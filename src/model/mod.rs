@@ -9,6 +9,6 @@ mod names;
 pub mod weights;
 
 pub use architecture::{Architecture, StageTemplate, WidthRounding};
-pub use count::{LayerCount, StageCount, Summary, summarise};
+pub use count::{LayerCount, StageCount, Summary, block_count, summarise};
 pub use init::initial_values;
 pub use names::{Naming, torchvision_name};

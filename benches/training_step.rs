@@ -3,10 +3,10 @@
 //! `benches/peers/training_step.py` times the same step in PyTorch.
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use effnetv2::backend::{Backend, Mode, StepKey, Variables};
+use effnetv2::backend::{Backend, Mode, State, StepKey};
 use effnetv2::model::{Architecture, initial_values};
 use effnetv2::nn::Network;
-use effnetv2::optimizer::{Rule, Step};
+use effnetv2::optimizer::{Rule, Scalars, Step};
 use effnetv2::reference::Reference;
 use effnetv2::tensor::Shape;
 use std::hint::black_box;
@@ -21,12 +21,10 @@ fn training_step(c: &mut Criterion) {
     for &(model, side, batch) in CASES {
         let network = Network::new(Architecture::find(model).expect("a known model").network(1000));
         let (params, stats) = initial_values::<f32>(network.layout(), 0);
-        let grads = vec![0.0; params.len()];
         let rule = Rule::Sgd { momentum: 0.9, nesterov: false };
         let kernels = network.layout().decayed();
-        let mut slots = vec![vec![0.0; params.len()]];
-        let mut vars = Variables { params, grads, stats };
         let mut backend = Reference::<f32>::new();
+        let mut state = State::new(&backend, rule, params, stats).expect("a state");
         let shape = Shape::new(batch, side, side, 3);
         let pixels: Vec<f32> =
             (0..shape.elements()).map(|i| (i as f32 * 0.618).fract() * 2.0 - 1.0).collect();
@@ -36,15 +34,18 @@ fn training_step(c: &mut Criterion) {
         let mut number = 0;
         group.bench_function(format!("{model}_{side}px_batch{batch}"), |b| {
             b.iter(|| {
-                backend.begin_step(&StepKey { seed: 1, epoch: 0, images: images.clone() });
+                backend.begin_step(&StepKey { seed: 1, epoch: 0, images: images.clone() }).unwrap();
                 let x = backend.tensor(shape, pixels.clone()).expect("a tensor");
-                let mut pass =
-                    network.forward(&mut backend, x, &mut vars, Mode::Train, 0.2).expect("forward");
+                let vars = &mut state.vars;
+                let mut pass = network.forward(&mut backend, x, vars, Mode::Train, 0.2).expect("forward");
                 black_box(backend.cross_entropy(&mut pass.head, &targets).expect("loss"));
-                network.backward(&mut backend, pass, &mut vars).expect("backward");
-                let step = Step { number, learning_rate: 1e-4, weight_decay: 0.0, gradient_scale: 1.0 };
-                backend.update(rule, &step, &kernels, &mut vars, &mut slots).expect("update");
                 backend.clear(&mut vars.grads).expect("clear");
+                network.backward(&mut backend, pass, vars).expect("backward");
+                let step = Step { number, learning_rate: 1e-4, weight_decay: 0.0, gradient_scale: 1.0 };
+                backend
+                    .begin_update(rule, &Scalars::plain(step), state.vars.params.len(), &kernels)
+                    .expect("an update");
+                backend.update(&mut state).expect("update");
                 number += 1;
             });
         });

@@ -3,11 +3,11 @@
 // y [images, pixels, channels], dz likewise, features and dfeatures [images, channels], logits and dlogits [images,
 // classes] are of type T, f32, f16 or bf16; everything else is f32. scale, shift, mean and rstd [channels] are the
 // normalisation owed to y: z = scale y + shift, xhat = (y - mean) rstd. Channels are a multiple of 8, arrays aligned
-// to 16 bytes. `step` holds the step's `Step` and then the index of each image in its dataset; it lies on the device,
-// so that a captured graph sees new ones. All sums are in f32 and in a fixed order.
+// to 16 bytes. `step` is as in include/step.cuh. All sums are in f32 and in a fixed order.
 //
 // head_pool: features[n, c] = f(n, c) / pixels sum over pixels of silu(z).
-//   f is 0 where the top 24 bits of number c of the stream (seed, epoch, image, 8) are below `threshold`, else `keep`.
+//   f is 0 where the top 24 bits of number c of the stream (seed, epoch, image, 8) are below `threshold`, else `keep`;
+//   where the threshold is 0, `step` is not read and may be null.
 //   Grid images * ceil(channels / 64), block 256. Least bytes: those of y; 6 operations for each element.
 //
 // head_pool_backward: dz[n, p, c] = f(n, c) dfeatures[n, c] / pixels silu'(z), and for each image and channel the sums
@@ -22,8 +22,8 @@
 
 #include "include/activation.cuh"
 #include "include/channel_sums.cuh"
-#include "include/philox.cuh"
 #include "include/ptx.cuh"
+#include "include/step.cuh"
 #include "include/types.cuh"
 
 namespace {
@@ -32,21 +32,10 @@ constexpr unsigned threads = 256, warps = threads / 32;
 constexpr unsigned dropout_purpose = 8;
 static_assert(threads == channel_threads, "one block size for the family");
 
-struct Step {
-    uint2 seed;
-    unsigned epoch;
-    float loss_scale;
-
-    __device__ __forceinline__ unsigned image(unsigned n) const {
-        return reinterpret_cast<const unsigned*>(this + 1)[n];
-    }
-};
-
 __device__ __forceinline__ float dropout(const Step* step, unsigned image, unsigned channel, unsigned threshold,
                                          float keep) {
     if (threshold == 0) return keep;
-    const uint32_t bits = stream_bits(step->seed, step->epoch, step->image(image), dropout_purpose, channel);
-    return bits >> 8 < threshold ? 0.0f : keep;
+    return step->random24(image, dropout_purpose, channel) < threshold ? 0.0f : keep;
 }
 
 template <class T>

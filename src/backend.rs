@@ -10,7 +10,7 @@
 
 use crate::Result;
 use crate::data::MixPlan;
-use crate::optimizer::{Rule, Step};
+use crate::optimizer::{Rule, Scalars};
 use crate::tensor::{Conv, Real, Shape};
 use std::fmt::Debug;
 use std::ops::Range;
@@ -136,21 +136,21 @@ pub struct StepKey {
 }
 
 /// A raw convolution output and the normalisation owed to it.
-pub struct Raw<B: Backend + ?Sized> {
+pub struct Raw<B: Backend> {
     /// The convolution's output, as it is.
     pub y: B::Activation,
     /// What a reader must apply first.
     pub norm: B::Norm,
 }
 
-impl<B: Backend + ?Sized> Debug for Raw<B> {
+impl<B: Backend> Debug for Raw<B> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Raw").finish_non_exhaustive()
     }
 }
 
 /// How a convolution reads its input.
-pub enum Load<'a, B: Backend + ?Sized> {
+pub enum Load<'a, B: Backend> {
     /// As stored.
     Plain(&'a B::Activation),
     /// SiLU(norm(y)).
@@ -159,7 +159,7 @@ pub enum Load<'a, B: Backend + ?Sized> {
     Gated(&'a Raw<B>, &'a B::Gate),
 }
 
-impl<B: Backend + ?Sized> Debug for Load<'_, B> {
+impl<B: Backend> Debug for Load<'_, B> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Plain(_) => "Plain",
@@ -169,16 +169,16 @@ impl<B: Backend + ?Sized> Debug for Load<'_, B> {
     }
 }
 
-impl<B: Backend + ?Sized> Clone for Load<'_, B> {
+impl<B: Backend> Clone for Load<'_, B> {
     fn clone(&self) -> Self {
         *self
     }
 }
 
-impl<B: Backend + ?Sized> Copy for Load<'_, B> {}
+impl<B: Backend> Copy for Load<'_, B> {}
 
 /// The gradient of a raw convolution output, in the form a·g + b·y + c.
-pub struct Gradient<'a, B: Backend + ?Sized> {
+pub struct Gradient<'a, B: Backend> {
     /// g: the gradient of the normalised output, of the shape of `raw.y`.
     pub gradient: &'a B::Activation,
     /// The output it belongs to.
@@ -187,7 +187,7 @@ pub struct Gradient<'a, B: Backend + ?Sized> {
     pub owed: &'a B::Owed,
 }
 
-impl<B: Backend + ?Sized> Debug for Gradient<'_, B> {
+impl<B: Backend> Debug for Gradient<'_, B> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Gradient").finish_non_exhaustive()
     }
@@ -195,7 +195,7 @@ impl<B: Backend + ?Sized> Debug for Gradient<'_, B> {
 
 /// The flat buffers of a network on one backend.
 #[derive(Debug)]
-pub struct Variables<B: Backend + ?Sized> {
+pub struct Variables<B: Backend> {
     /// Every trainable value.
     pub params: B::Buffer,
     /// Its gradient, at the same place. Backward operations add to it.
@@ -204,11 +204,88 @@ pub struct Variables<B: Backend + ?Sized> {
     pub stats: B::Buffer,
 }
 
+/// All that training keeps: what a step reads and changes.
+#[derive(Debug)]
+pub struct State<B: Backend> {
+    /// Weights, gradients, statistics.
+    pub vars: Variables<B>,
+    /// The moving average of weights and statistics; its gradients are empty.
+    pub average: Variables<B>,
+    /// The optimizer's, in the order of [`Rule::slots`].
+    pub slots: Vec<B::Buffer>,
+}
+
+impl<B: Backend> State<B> {
+    /// The state before the first step: the average is at the values, the slots are as the rule wants them.
+    ///
+    /// # Errors
+    /// When the backend has no memory for it.
+    pub fn new(backend: &B, rule: Rule, params: Vec<B::Element>, stats: Vec<B::Element>) -> Result<Self> {
+        let slot = |initial: f32| backend.buffer(vec![B::Element::of(initial.into()); params.len()]);
+        let slots = rule.slots().iter().map(|s| slot(s.initial)).collect::<Result<_>>()?;
+        let average = Variables {
+            params: backend.buffer(params.clone())?,
+            grads: backend.buffer(Vec::new())?,
+            stats: backend.buffer(stats.clone())?,
+        };
+        let grads = slot(0.0)?;
+        let vars = Variables { params: backend.buffer(params)?, grads, stats: backend.buffer(stats)? };
+        Ok(Self { vars, average, slots })
+    }
+
+    /// A state of zeros for buffers of `params` and `stats` values: for rehearsals.
+    ///
+    /// # Errors
+    /// When the backend has no memory for it.
+    pub fn blank(backend: &B, rule: Rule, params: usize, stats: usize) -> Result<Self> {
+        let variables = |grads| {
+            let (params, stats) = (backend.zeros(params)?, backend.zeros(stats)?);
+            Ok::<_, crate::Error>(Variables { params, grads: backend.zeros(grads)?, stats })
+        };
+        let slots = rule.slots().iter().map(|_| backend.zeros(params)).collect::<Result<_>>()?;
+        Ok(Self { vars: variables(params)?, average: variables(0)?, slots })
+    }
+}
+
+/// What tells one kind of training pass from another: two of the same kind ask the same of a backend, in the same order,
+/// and differ in values alone.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PassKind {
+    /// Images of the batch.
+    pub images: usize,
+    /// Their side in pixels.
+    pub side: usize,
+    /// The probability of dropping a feature before the classifier.
+    pub dropout: f64,
+    /// Whether it is the first of its step: gradients start from zero.
+    pub first: bool,
+    /// Whether it is the last of its step: the weights move.
+    pub last: bool,
+}
+
+/// What a pass takes beside the buffers of its network, known without computing it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// Bytes it needs at most.
+    pub needed: usize,
+    /// Bytes of the flat buffers that it works on.
+    pub buffers: usize,
+    /// Bytes there are.
+    pub available: usize,
+}
+
 /// The fused operations of a training step.
 ///
 /// Shapes are NHWC. Every operation checks that its arguments fit before it computes anything and answers
 /// [`Error::Shape`](crate::Error::Shape) otherwise. Gradients of parameters are *added* to `vars.grads`.
-pub trait Backend {
+///
+/// A pass has three parts. What comes from outside is handed over first: [`send`](Self::send),
+/// [`begin_step`](Self::begin_step), [`begin_pass`](Self::begin_pass) and, before the weights move,
+/// [`begin_update`](Self::begin_update). Then it is computed, from [`input`](Self::input) to [`update`](Self::update),
+/// without a word to or from outside, so that a device can record it and replay it ([`perform`](Self::perform)). What
+/// came of it is asked afterwards: [`loss`](Self::loss), [`logits`](Self::logits),
+/// [`gradient_norm`](Self::gradient_norm).
+pub trait Backend: Sized {
     /// The type of parameters, statistics and gradients.
     type Element: Real;
     /// A stored NHWC tensor.
@@ -223,12 +300,22 @@ pub trait Backend {
     type Owed: Debug;
     /// The head's logits, their gradient once the loss is known, and what its backward needs.
     type Head: Debug;
+    /// Counts what passes take without computing them.
+    type Rehearsal: Backend<Element = Self::Element>;
 
     /// A flat buffer holding `values`.
     ///
     /// # Errors
     /// When there is no memory for it.
     fn buffer(&self, values: Vec<Self::Element>) -> Result<Self::Buffer>;
+
+    /// A flat buffer of `length` zeros.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    fn zeros(&self, length: usize) -> Result<Self::Buffer> {
+        self.buffer(vec![Self::Element::of(0.0); length])
+    }
 
     /// The values of a flat buffer.
     ///
@@ -251,20 +338,111 @@ pub trait Backend {
     /// The shape of a tensor.
     fn shape(&self, x: &Self::Activation) -> Shape;
 
-    /// The network's input from 8-bit RGB images \[n, side, side, 3\], normalised and then mixed.
+    /// Makes room for the passes that `rehearse` goes through, so that none of them has to ask for memory. A backend that
+    /// takes its memory as it comes does nothing.
     ///
     /// # Errors
-    /// When `images` are not of the side and number that `mix` is for.
-    fn input(
+    /// Those of `rehearse`, and [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    fn prepare(&mut self, rehearse: impl FnMut(&mut Self::Rehearsal) -> Result<()>) -> Result<()> {
+        let _ = rehearse;
+        Ok(())
+    }
+
+    /// What those passes take, and what there is; none where nothing limits it but the machine's memory.
+    ///
+    /// # Errors
+    /// Those of `rehearse`, and what the device says.
+    fn memory(&self, rehearse: impl FnMut(&mut Self::Rehearsal) -> Result<()>) -> Result<Option<Memory>> {
+        let _ = rehearse;
+        Ok(None)
+    }
+
+    /// Starts 8-bit RGB images \[n, side, side, 3\] on their way to [`begin_pass`](Self::begin_pass). One batch can be
+    /// sent while the one before is still on its way.
+    ///
+    /// # Errors
+    /// When they are not of that side, two are on their way already, or there is no memory for them.
+    fn send(&mut self, images: &[u8], side: usize) -> Result<()>;
+
+    /// Forgets the batches that are on their way.
+    fn discard_sent(&mut self);
+
+    /// Takes the oldest batch that was sent, for [`input`](Self::input).
+    ///
+    /// # Errors
+    /// When none is on its way, or `mix` is for another number of images.
+    fn begin_pass(&mut self, normalisation: &Normalisation, mix: &MixPlan) -> Result<()>;
+
+    /// Sets the soft targets \[images, classes\] of the pass.
+    ///
+    /// # Errors
+    /// When there is no memory for them.
+    fn set_targets(&mut self, targets: &[f32]) -> Result<()>;
+
+    /// Sets what random numbers depend on, until the next call.
+    ///
+    /// # Errors
+    /// What the device says.
+    fn begin_step(&mut self, key: &StepKey) -> Result<()>;
+
+    /// Whether activations and their gradients are of a type whose range is so narrow that the loss must be scaled (f16).
+    fn scales_loss(&self) -> bool {
+        false
+    }
+
+    /// Sets what the loss is multiplied with before its gradient is taken, until the next call; 1 at first. With a power
+    /// of two, gradients that f16 would round to zero survive; the update undoes it.
+    fn set_loss_scale(&mut self, scale: f64);
+
+    /// Sets how the weights, a buffer of `parameters`, move in the next [`update`](Self::update); `kernels` are the ranges
+    /// that weight decay applies to.
+    ///
+    /// # Errors
+    /// When the rule's constants are out of range, or the ranges do not fit.
+    fn begin_update(
+        &mut self,
+        rule: Rule,
+        scalars: &Scalars,
+        parameters: usize,
+        kernels: &[Range<usize>],
+    ) -> Result<()>;
+
+    /// Does `work`, which must do the same for every state whenever `kind` is the same. A device may record it the first
+    /// time, and from then on replay it.
+    ///
+    /// # Errors
+    /// Those of `work`, and what the device says.
+    fn perform(
+        &mut self,
+        kind: PassKind,
+        state: &mut State<Self>,
+        work: impl FnOnce(&mut Self, &mut State<Self>) -> Result<()>,
+    ) -> Result<()> {
+        let _ = kind;
+        work(self, state)
+    }
+
+    /// The network's input: the images of the pass, normalised and then mixed.
+    ///
+    /// # Errors
+    /// When no pass was begun.
+    fn input(&mut self) -> Result<Self::Activation>;
+
+    /// [`send`](Self::send), [`begin_pass`](Self::begin_pass) and [`input`](Self::input) at once.
+    ///
+    /// # Errors
+    /// Theirs.
+    fn load(
         &mut self,
         images: &[u8],
         side: usize,
         normalisation: &Normalisation,
         mix: &MixPlan,
-    ) -> Result<Self::Activation>;
-
-    /// Sets what random numbers depend on, until the next call.
-    fn begin_step(&mut self, key: &StepKey);
+    ) -> Result<Self::Activation> {
+        self.send(images, side)?;
+        self.begin_pass(normalisation, mix)?;
+        self.input()
+    }
 
     /// Convolution with `x` transformed on load; in [`Mode::Train`] also the batch statistics of the output, which
     /// move the running ones.
@@ -287,7 +465,7 @@ pub trait Backend {
         &mut self,
         layer: &SqueezeExcite,
         x: &Raw<Self>,
-        vars: &Variables<Self>,
+        vars: &mut Variables<Self>,
     ) -> Result<Self::Gate>;
 
     /// A block's output: act(norm(y)), dropped or kept per image, plus the skip connection.
@@ -311,7 +489,7 @@ pub trait Backend {
         layer: &Classifier,
         x: &Raw<Self>,
         dropout: f64,
-        vars: &Variables<Self>,
+        vars: &mut Variables<Self>,
     ) -> Result<Self::Head>;
 
     /// The logits, \[images, classes\].
@@ -320,11 +498,28 @@ pub trait Backend {
     /// When they cannot be read back.
     fn logits(&self, head: &Self::Head) -> Result<Vec<Self::Element>>;
 
-    /// Mean softmax cross entropy against soft targets \[images, classes\]; leaves its gradient in `head`.
+    /// The softmax cross entropy of each image against the targets of the pass, and the gradient of their mean, which
+    /// stays in `head`.
     ///
     /// # Errors
     /// When there are not images × classes targets.
-    fn cross_entropy(&mut self, head: &mut Self::Head, targets: &[f32]) -> Result<f64>;
+    fn loss_gradient(&mut self, head: &mut Self::Head) -> Result<()>;
+
+    /// The mean loss of the last [`loss_gradient`](Self::loss_gradient), without the loss scale.
+    ///
+    /// # Errors
+    /// When it cannot be read back; on a device also for what went wrong before.
+    fn loss(&mut self) -> Result<f64>;
+
+    /// [`set_targets`](Self::set_targets), [`loss_gradient`](Self::loss_gradient) and [`loss`](Self::loss) at once.
+    ///
+    /// # Errors
+    /// Theirs.
+    fn cross_entropy(&mut self, head: &mut Self::Head, targets: &[f32]) -> Result<f64> {
+        self.set_targets(targets)?;
+        self.loss_gradient(head)?;
+        self.loss()
+    }
 
     /// Backward of [`head`](Self::head): the gradient of norm(y), with what its layer's batch norm owes.
     ///
@@ -416,24 +611,16 @@ pub trait Backend {
     /// What the device says.
     fn norm(&mut self, buffer: &Self::Buffer) -> Result<f64>;
 
-    /// One step of the optimizer over all parameters; `slots` are the rule's, `kernels` the ranges that weight decay
-    /// applies to.
+    /// One step of the optimizer over all parameters, and of the moving averages: as [`begin_update`](Self::begin_update)
+    /// has said, with the gradient's norm, the loss scale and clipping. Where the norm is not finite, nothing changes.
     ///
     /// # Errors
-    /// Buffers or ranges that do not fit.
-    fn update(
-        &mut self,
-        rule: Rule,
-        step: &Step,
-        kernels: &[Range<usize>],
-        vars: &mut Variables<Self>,
-        slots: &mut [Self::Buffer],
-    ) -> Result<()>;
+    /// When no update was begun, or buffers do not fit.
+    fn update(&mut self, state: &mut State<Self>) -> Result<()>;
 
-    /// average ← decay·average + (1 − decay)·values.
+    /// The norm of all gradients in the last [`update`](Self::update), without the loss scale and before clipping.
     ///
     /// # Errors
-    /// Buffers of different lengths.
-    fn update_average(&mut self, average: &mut Self::Buffer, values: &Self::Buffer, decay: f64)
-    -> Result<()>;
+    /// When it cannot be read back.
+    fn gradient_norm(&mut self) -> Result<f64>;
 }

@@ -111,12 +111,28 @@ pub enum Error {
         /// Bytes of the block that does not fit.
         asked: usize,
     },
+    /// The memory of a GPU is too small for what is to be computed.
+    #[error("{what} needs {} of GPU memory, {} are free; {remedy}", gib(*.needed), gib(*.free))]
+    OutOfMemory {
+        /// What needs it.
+        what: String,
+        /// Bytes.
+        needed: usize,
+        /// Bytes.
+        free: usize,
+        /// What would fit, or what else to do.
+        remedy: String,
+    },
     /// Training cannot go on (the loss is not finite, for one).
     #[error("{0}")]
     Training(String),
     /// The user asked to stop (Ctrl-C); work up to here is saved.
     #[error("{0}")]
     Interrupted(String),
+}
+
+fn gib(bytes: usize) -> String {
+    format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30))
 }
 
 fn how_many(count: usize) -> String {

@@ -23,7 +23,7 @@
 //! let mut vars = Variables { params, grads, stats };
 //!
 //! let mut cpu = Reference::new();
-//! cpu.begin_step(&StepKey { seed: 0, epoch: 0, images: vec![0, 1] });
+//! cpu.begin_step(&StepKey { seed: 0, epoch: 0, images: vec![0, 1] })?;
 //! let images = cpu.tensor(Shape::new(2, 32, 32, 3), vec![0.5; 2 * 32 * 32 * 3])?;
 //! let mut pass = network.forward(&mut cpu, images, &mut vars, Mode::Train, 0.2)?;
 //! let loss = cpu.cross_entropy(&mut pass.head, &[0.1; 20])?;

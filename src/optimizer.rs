@@ -167,6 +167,68 @@ pub struct Step {
     pub gradient_scale: f64,
 }
 
+/// Everything that changes from one update to the next.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scalars {
+    /// Those of the rule.
+    pub step: Step,
+    /// The decay of the moving average in this step; see [`ema_decay`].
+    pub ema_decay: f64,
+    /// What the gradients have been multiplied with: undone, together with clipping, by [`gradient_scale`].
+    pub loss_scale: f64,
+    /// The norm to which the gradient is clipped.
+    pub max_norm: Option<f64>,
+}
+
+impl Scalars {
+    /// A step with the average following at once, no loss scale and no clipping.
+    pub const fn plain(step: Step) -> Self {
+        Self { step, ema_decay: 0.0, loss_scale: 1.0, max_norm: None }
+    }
+}
+
+/// The loss scale of f16, which looks for the largest power of two that lets no gradient overflow: halved when one does,
+/// and the step is skipped; doubled after [`LossScale::PERIOD`] steps without.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LossScale {
+    /// What the loss is multiplied with.
+    pub scale: f64,
+    /// Steps since it changed.
+    pub good_steps: u32,
+}
+
+impl Default for LossScale {
+    fn default() -> Self {
+        Self { scale: Self::INITIAL, good_steps: 0 }
+    }
+}
+
+impl LossScale {
+    /// Where it starts.
+    pub const INITIAL: f64 = 65_536.0;
+    /// Good steps before it is doubled.
+    pub const PERIOD: u32 = 2000;
+    /// It is not doubled beyond this.
+    pub const LARGEST: f64 = 16_777_216.0;
+
+    /// After a step whose gradients were finite.
+    pub fn keep(&mut self) {
+        self.good_steps += 1;
+        if self.good_steps >= Self::PERIOD {
+            *self = Self { scale: (2.0 * self.scale).min(Self::LARGEST), good_steps: 0 };
+        }
+    }
+
+    /// After a step that was skipped because a gradient was not finite. False when there is nothing left to halve: then
+    /// the scale is not at fault.
+    pub fn back_off(&mut self) -> bool {
+        let can = self.scale > 1.0;
+        *self = Self { scale: (self.scale / 2.0).max(1.0), good_steps: 0 };
+        can
+    }
+}
+
 /// The factor that undoes the loss scale and clips the gradient to `max_norm`:
 /// 1/loss_scale · min(1, max_norm / (norm/loss_scale)), as TensorFlow's `clip_by_global_norm`.
 ///
@@ -255,6 +317,22 @@ mod tests {
         assert_eq!(gradient_scale(0.0, 8.0, Some(1.0)), Some(0.125));
         assert_eq!(gradient_scale(f64::INFINITY, 8.0, Some(1.0)), None);
         assert_eq!(gradient_scale(f64::NAN, 8.0, None), None);
+    }
+
+    #[test]
+    fn the_loss_scale_follows_overflows() {
+        let mut scale = LossScale::default();
+        assert_eq!(scale.scale, 65_536.0);
+        (1..LossScale::PERIOD).for_each(|_| scale.keep());
+        assert_eq!(scale, LossScale { scale: 65_536.0, good_steps: 1999 });
+        assert!(scale.back_off());
+        assert_eq!(scale, LossScale { scale: 32_768.0, good_steps: 0 });
+        (0..LossScale::PERIOD).for_each(|_| scale.keep());
+        assert_eq!(scale, LossScale { scale: 65_536.0, good_steps: 0 });
+        (0..20 * LossScale::PERIOD).for_each(|_| scale.keep());
+        assert_eq!(scale.scale, LossScale::LARGEST);
+        assert_eq!((0..30).filter(|_| scale.back_off()).count(), 24);
+        assert_eq!(scale.scale, 1.0);
     }
 
     #[test]

@@ -122,7 +122,7 @@ fn factors(key: &StepKey, drop: DropPath) -> Vec<f64> {
     let mut lone = Lone::<f64>::new(pointwise(1, 1), &[1.0]);
     // Running mean and variance are one, so a value of one is normalised to β.
     lone.vars.params[lone.layer.beta.clone()].fill(1.0);
-    lone.backend.begin_step(key);
+    lone.backend.begin_step(key).unwrap();
     let shape = Shape::new(key.images.len(), 1, 1, 1);
     let raw = lone.forward(&tensor(shape, vec![1.0; shape.n])).unwrap();
     let (act, skip) = (Activation::Identity, tensor(shape, vec![7.0; shape.n]));
@@ -225,7 +225,7 @@ fn a_dropped_image_gets_no_gradient() {
     let grad = tensor(shape, uniform(1, 1, shape.elements()));
     let mut lone = Lone::<f64>::new(pointwise(4, 4), &uniform(1, 2, 16));
     lone.layer.variance = VarianceEstimator::Biased;
-    lone.backend.begin_step(&key);
+    lone.backend.begin_step(&key).unwrap();
     let raw = lone.forward(&x).unwrap();
 
     let branch = (&lone.layer, &raw);

@@ -53,10 +53,14 @@ fn blocks_of_an_arena_are_apart() {
         let values = values(i, block.len());
         effnetv2::device::write(device.compute(), &values, &mut block.view_mut()).unwrap();
     }
-    // Given back from the middle, the room is not handed out while blocks above it live.
+    // Given back from the middle, the room is handed out to what it holds, and to nothing larger.
+    let middle = address(&device, &blocks[2]);
     drop(blocks.remove(2));
-    let late: Block<f32> = arena.push(50).unwrap();
-    assert!(blocks.iter().all(|block| address(&device, block) < address(&device, &late)));
+    let large: Block<f32> = arena.push(200).unwrap();
+    assert!(blocks.iter().all(|block| address(&device, block) < address(&device, &large)));
+    let mut small: Block<f32> = arena.push(50).unwrap();
+    assert_eq!(address(&device, &small), middle);
+    effnetv2::device::write(device.compute(), &[9.0; 50], &mut small.view_mut()).unwrap();
     for (i, block) in [0, 1, 3, 4].into_iter().zip(&blocks) {
         assert_eq!(device.read(&block.view()).unwrap(), values(i, block.len()));
     }

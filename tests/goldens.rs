@@ -122,9 +122,9 @@ fn check<F: Real>(case: &str, model: &str, naming: Naming, tolerance: f64) {
     };
     let mut backend = Reference::<F>::new();
     let mut vars: Variables<Reference<F>> = Variables {
-        params: fill(&layout.params, layout.param_count()),
-        grads: vec![F::zero(); layout.param_count()],
-        stats: fill(&layout.stats, layout.stat_count()),
+        params: fill(&layout.params, layout.param_buffer()),
+        grads: vec![F::zero(); layout.param_buffer()],
+        stats: fill(&layout.stats, layout.stat_buffer()),
     };
 
     let (n, side) = (golden.batch, golden.image_size);

@@ -59,7 +59,7 @@ impl Tail {
 
     fn begin<F: Real>(&self, values: &[F]) -> (Reference<F>, Variables<Reference<F>>) {
         let mut backend = Reference::new();
-        backend.begin_step(&self.key);
+        backend.begin_step(&self.key).unwrap();
         let grads = vec![F::zero(); values.len()];
         (backend, Variables { params: values.to_vec(), grads, stats: vec![F::one(); self.table.stats] })
     }
@@ -212,7 +212,7 @@ fn misfits_are_errors() {
     assert_shape_error(backend.head_backward(&few, layer, &head, &mut vars), &["2×3", "2×4"]);
     assert!(vars.grads.iter().all(|&g| g == 0.0), "a refused backward left something behind");
 
-    backend.begin_step(&StepKey { images: vec![1, 2, 3], ..tail.key.clone() });
+    backend.begin_step(&StepKey { images: vec![1, 2, 3], ..tail.key.clone() }).unwrap();
     assert_shape_error(backend.head(&tail.classifier, &raw, 0.5, &vars), &["3 images", "2"]);
 }
 

@@ -171,9 +171,9 @@ fn mixed_and_smoothed_labels_reach_the_loss() {
         let mut backend = Reference::<f32>::new();
         let mut vars = variables(&backend, initial_values(network.layout(), config.seed));
         let key = StepKey { seed: config.seed, epoch: 0, images: batch.indices.clone() };
-        backend.begin_step(&key);
+        backend.begin_step(&key).unwrap();
         let normalisation = Architecture::find("nano").unwrap().normalisation;
-        let x = backend.input(&batch.images, batch.size, &normalisation, &batch.mix).unwrap();
+        let x = backend.load(&batch.images, batch.size, &normalisation, &batch.mix).unwrap();
         let pass = network.forward(&mut backend, x, &mut vars, Mode::Train, 0.0).unwrap();
         let logits = backend.logits(&pass.head).unwrap();
         let loss = |epsilon: f64, mixed: bool| {

@@ -75,9 +75,10 @@ __device__ __forceinline__ void unpack8(const Pack8<float>& pack, float (&x)[8])
     x[4] = pack.high.x, x[5] = pack.high.y, x[6] = pack.high.z, x[7] = pack.high.w;
 }
 
-/// Loads eight elements from global or shared memory, aligned to 16 bytes.
-template <Cache cache = Cache::normal, class T>
-__device__ __forceinline__ void load8(const T* from, float (&x)[8] EFFNETV2_AT_PARAMETER) {
+/// Loads eight elements from global or shared memory, aligned to 16 bytes, and leaves them as they are: half the registers
+/// of `load8` for f16 and bf16.
+template <class T, Cache cache = Cache::normal>
+__device__ __forceinline__ Pack8<T> load_pack8(const T* from EFFNETV2_AT_PARAMETER) {
     Pack8<T> pack;
     if constexpr (sizeof(T) == 4) {
         pack.low = load16<float4, cache>(from EFFNETV2_AT_ARGUMENT);
@@ -85,17 +86,28 @@ __device__ __forceinline__ void load8(const T* from, float (&x)[8] EFFNETV2_AT_P
     } else {
         pack.bits = load16<uint4, cache>(from EFFNETV2_AT_ARGUMENT);
     }
-    unpack8(pack, x);
+    return pack;
 }
 
-/// Stores eight elements to global or shared memory, aligned to 16 bytes, each rounded to T.
+/// Loads eight elements from global or shared memory, aligned to 16 bytes.
 template <Cache cache = Cache::normal, class T>
-__device__ __forceinline__ void store8(T* to, const float (&x)[8] EFFNETV2_AT_PARAMETER) {
-    const Pack8<T> pack = pack8<T>(x);
+__device__ __forceinline__ void load8(const T* from, float (&x)[8] EFFNETV2_AT_PARAMETER) {
+    unpack8(load_pack8<T, cache>(from EFFNETV2_AT_ARGUMENT), x);
+}
+
+/// Stores eight elements as they are to global or shared memory, aligned to 16 bytes.
+template <Cache cache = Cache::normal, class T>
+__device__ __forceinline__ void store_pack8(T* to, const Pack8<T>& pack EFFNETV2_AT_PARAMETER) {
     if constexpr (sizeof(T) == 4) {
         store16<cache>(to, pack.low EFFNETV2_AT_ARGUMENT);
         store16<cache>(to + 4, pack.high EFFNETV2_AT_ARGUMENT);
     } else {
         store16<cache>(to, pack.bits EFFNETV2_AT_ARGUMENT);
     }
+}
+
+/// Stores eight elements to global or shared memory, aligned to 16 bytes, each rounded to T.
+template <Cache cache = Cache::normal, class T>
+__device__ __forceinline__ void store8(T* to, const float (&x)[8] EFFNETV2_AT_PARAMETER) {
+    store_pack8<cache>(to, pack8<T>(x) EFFNETV2_AT_ARGUMENT);
 }

@@ -86,7 +86,7 @@ impl Model {
         let mut pixels = vec![0; self.size * self.size * 3];
         let transform = self.checkpoint.description.config.eval_images;
         transform.apply(&image, self.size, &mut Scratch::default(), &mut pixels)?;
-        let x = self.backend.input(&pixels, self.size, &self.normalisation, &MixPlan::none(1))?;
+        let x = self.backend.load(&pixels, self.size, &self.normalisation, &MixPlan::none(1))?;
         let pass = self.network.forward(&mut self.backend, x, &mut self.vars, Mode::Eval, 0.0)?;
         let logits = self.backend.logits(&pass.head)?;
         let probabilities = softmax(&logits);

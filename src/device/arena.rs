@@ -1,9 +1,10 @@
 //! Memory of a step, planned once.
 //!
-//! Activations are a stack: the forward pass pushes, the backward pass pops, and the same step asks for the same sizes in
-//! the same order every time. So one allocation serves them all. A [`Layout`] is the arithmetic alone; it says how much
-//! a step needs before there is any memory. An [`Arena`] is a layout with the memory behind it. The same calls give the
-//! same addresses, which is what lets a captured graph be replayed.
+//! The same step asks for the same blocks and gives them back in the same order every time, so one allocation serves them
+//! all. The forward pass piles them up; the backward pass gives them back, nearly in reverse, and its gradients take the
+//! room of the activations that are done with: a block lies in the lowest gap that holds it. A [`Layout`] is the arithmetic
+//! alone; it says how much a step needs before there is any memory. An [`Arena`] is a layout with the memory behind it.
+//! The same calls give the same addresses, which is what lets a captured graph be replayed.
 
 use super::{Device, Element};
 use crate::{Error, Result};
@@ -14,9 +15,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// Every block begins at a multiple of this many bytes: a cache line pair, and more than any access needs.
 const ALIGNMENT: usize = 256;
 
-/// Where the blocks of a stack lie.
+/// Where blocks lie.
 #[derive(Clone, Debug, Default)]
 pub struct Layout {
+    /// In the order of their places.
     extents: Vec<Extent>,
     high_water: usize,
 }
@@ -25,36 +27,42 @@ pub struct Layout {
 struct Extent {
     begin: usize,
     end: usize,
-    live: bool,
 }
 
 impl Layout {
-    /// An empty stack.
+    /// No blocks.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Puts a block of `bytes` on top and returns its offset.
+    /// Puts a block of `bytes` into the lowest gap that holds it and returns its offset.
     pub fn push(&mut self, bytes: usize) -> usize {
-        let begin = self.used();
-        let end =
-            begin.saturating_add(bytes.max(1)).checked_next_multiple_of(ALIGNMENT).unwrap_or(usize::MAX);
-        self.extents.push(Extent { begin, end, live: true });
+        let length = bytes.max(1).checked_next_multiple_of(ALIGNMENT).unwrap_or(usize::MAX);
+        let (place, begin) = self.gap(length);
+        let end = begin.saturating_add(length);
+        self.extents.insert(place, Extent { begin, end });
         self.high_water = self.high_water.max(end);
         begin
     }
 
-    /// Gives back the block at `offset`. Blocks may go in any order; room comes back when all above are gone, too.
-    pub fn pop(&mut self, offset: usize) {
-        if let Some(extent) = self.extents.iter_mut().rev().find(|extent| extent.begin == offset) {
-            extent.live = false;
+    /// The number that a block of `length` bytes would have, and its offset.
+    fn gap(&self, length: usize) -> (usize, usize) {
+        let mut free_from = 0;
+        for (place, extent) in self.extents.iter().enumerate() {
+            if extent.begin - free_from >= length {
+                return (place, free_from);
+            }
+            free_from = extent.end;
         }
-        while self.extents.last().is_some_and(|extent| !extent.live) {
-            self.extents.pop();
-        }
+        (self.extents.len(), free_from)
     }
 
-    /// Bytes up to the top of the stack.
+    /// Gives back the block at `offset`. Blocks may go in any order.
+    pub fn pop(&mut self, offset: usize) {
+        self.extents.retain(|extent| extent.begin != offset);
+    }
+
+    /// Bytes up to the end of the last block.
     pub fn used(&self) -> usize {
         self.extents.last().map_or(0, |extent| extent.end)
     }
@@ -65,7 +73,7 @@ impl Layout {
     }
 }
 
-/// One allocation that serves as a stack of blocks. Clones are the same arena.
+/// One allocation that serves all blocks of a step. Clones are the same arena.
 #[derive(Clone, Debug)]
 pub struct Arena(Arc<Inner>);
 
@@ -94,7 +102,7 @@ impl Arena {
         Ok(Self(Arc::new(Inner { memory, begin, layout: Mutex::default() })))
     }
 
-    /// Puts a block of `length` elements on top. It holds whatever was there before.
+    /// Puts a block of `length` elements into the lowest gap that holds it. It holds whatever was there before.
     ///
     /// # Errors
     /// [`Error::ArenaFull`].
@@ -103,7 +111,8 @@ impl Arena {
         let asked = length.saturating_mul(size_of::<T>());
         let mut layout = self.0.layout();
         let used = layout.used();
-        if used.saturating_add(asked) > capacity {
+        let (_, begin) = layout.gap(asked.max(1).checked_next_multiple_of(ALIGNMENT).unwrap_or(usize::MAX));
+        if begin.saturating_add(asked) > capacity {
             return Err(Error::ArenaFull { capacity, used, asked });
         }
         let offset = layout.push(asked);
@@ -118,7 +127,7 @@ impl Arena {
         self.0.memory.len()
     }
 
-    /// Bytes up to the top of the stack.
+    /// Bytes up to the end of the last block.
     pub fn used(&self) -> usize {
         self.0.layout().used()
     }
@@ -180,19 +189,36 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_layout_is_a_stack() {
+    fn blocks_lie_in_the_lowest_gap_that_holds_them() {
         let mut layout = Layout::new();
         assert_eq!([layout.push(1), layout.push(256), layout.push(257)], [0, 256, 512]);
         assert_eq!((layout.used(), layout.high_water()), (1024, 1024));
-        // Out of order: the room comes back with the block above it.
+        // Out of order: the gap takes what fits, and nothing else.
         layout.pop(256);
         assert_eq!(layout.used(), 1024);
+        assert_eq!([layout.push(257), layout.push(100)], [1024, 256]);
         layout.pop(512);
-        assert_eq!(layout.used(), 256);
-        assert_eq!(layout.push(100), 256);
-        layout.pop(256);
-        layout.pop(0);
-        assert_eq!((layout.used(), layout.high_water()), (0, 1024));
+        assert_eq!([layout.push(200), layout.push(256)], [512, 768]);
+        for offset in [1024, 0, 768, 256, 512] {
+            layout.pop(offset);
+        }
+        assert_eq!((layout.used(), layout.high_water()), (0, 1536));
+    }
+
+    /// Forward and back: gradients take the room of activations that are done with.
+    #[test]
+    fn a_backward_pass_needs_little_more_than_the_forward_pass() {
+        let mut layout = Layout::new();
+        let activations: Vec<usize> = (0..10).map(|_| layout.push(1000)).collect();
+        let forward = layout.high_water();
+        let mut gradient = layout.push(1000);
+        for activation in activations.into_iter().rev() {
+            let next = layout.push(1000);
+            layout.pop(activation);
+            layout.pop(gradient);
+            gradient = next;
+        }
+        assert_eq!(layout.high_water(), forward + 2 * 1024);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use super::probe::{self, Gpu};
 use super::{Element, HostControl, transfer};
 use crate::{Error, Result};
 use cudarc::driver::sys::{CUevent_flags, CUmemPool_attribute};
-use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DriverError, result};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError, result};
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -165,6 +165,25 @@ impl Device {
             let free = self.0.context.mem_get_info().map_or(0, |(free, _)| free);
             format!("allocate {bytes} bytes on GPU {}, {free} bytes free", self.0.gpu.ordinal)
         })
+    }
+
+    /// Sets every element of a buffer to zero.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn clear<T: Element>(&self, buffer: &mut impl DevicePtrMut<T>) -> Result<()> {
+        let bytes = buffer.len() * size_of::<T>();
+        self.compute().memset_zeros(buffer).doing(|| format!("clear {bytes} bytes of the GPU's memory"))
+    }
+
+    /// Bytes of its memory that nobody has taken.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn free_memory(&self) -> Result<usize> {
+        // What was freed in the order of the stream counts only when that has been done.
+        self.synchronize()?;
+        Ok(self.0.context.mem_get_info().doing(|| "ask for the GPU's free memory".into())?.0)
     }
 
     /// The values of a buffer, once everything before on [`compute`](Self::compute) is done.

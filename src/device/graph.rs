@@ -1,7 +1,8 @@
 //! A whole step as one launch.
 //!
 //! A CUDA graph replays launches with the addresses they were recorded with, and does not keep that memory alive. So a
-//! [`Graph`] owns it: what is recorded may use nothing but the state it is given, and the graph keeps that state.
+//! [`Graph`] owns it: what is recorded may use nothing but the state it is given, and the graph keeps that state. Whoever
+//! keeps the memory alive by other means records with [`Graph::record_borrowed`].
 
 use super::Device;
 use super::driver_error::Doing;
@@ -24,6 +25,37 @@ impl<S: Debug> Debug for Graph<S> {
     }
 }
 
+/// What `work` asks of [`Device::compute`], recorded instead of done.
+fn capture(device: &Device, work: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
+    let doing = || "record a CUDA graph".to_owned();
+    let stream = device.compute();
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).doing(doing)?;
+    let done = work();
+    // Always, or the stream would stay in capture.
+    let graph = stream.end_capture(CUgraphInstantiate_flags(0)).doing(doing);
+    done?;
+    let graph = graph?.ok_or_else(|| Error::Shape {
+        operation: "graph",
+        problem: "the work to record asked nothing of the compute stream".into(),
+    })?;
+    graph.upload().doing(doing)?;
+    Ok(graph)
+}
+
+impl Graph<()> {
+    /// As [`record`](Self::record), for work on buffers that stay with the caller.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Safety
+    /// Whenever the graph is launched, every buffer that `work` used must be alive, and nothing else may be using those
+    /// that it wrote.
+    pub unsafe fn record_borrowed(device: &Device, work: impl FnOnce() -> Result<()>) -> Result<Self> {
+        Ok(Self { graph: capture(device, work)?, state: (), device: device.clone() })
+    }
+}
+
 impl<S: 'static> Graph<S> {
     /// Records what `work` asks of [`Device::compute`], without doing it.
     ///
@@ -35,18 +67,7 @@ impl<S: 'static> Graph<S> {
     /// Those of `work`, [`Error::Shape`] when it asks for nothing, and [`Error::Driver`], for work that cannot be
     /// recorded (waiting for the device, for one). The stream is usable afterwards.
     pub fn record(device: &Device, mut state: S, work: fn(&mut S) -> Result<()>) -> Result<Self> {
-        let doing = || "record a CUDA graph".to_owned();
-        let stream = device.compute();
-        stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).doing(doing)?;
-        let done = work(&mut state);
-        // Always, or the stream would stay in capture.
-        let graph = stream.end_capture(CUgraphInstantiate_flags(0)).doing(doing);
-        done?;
-        let graph = graph?.ok_or_else(|| Error::Shape {
-            operation: "graph",
-            problem: "the work to record asked nothing of the compute stream".into(),
-        })?;
-        graph.upload().doing(doing)?;
+        let graph = capture(device, || work(&mut state))?;
         Ok(Self { graph, state, device: device.clone() })
     }
 

@@ -2,7 +2,7 @@
 //!
 //! A [`Device`] is a context with two streams: everything is computed on one, [`Staging`] brings input on the other. Its
 //! memory comes in plain cudarc slices ([`Device::upload`], [`Device::zeros`]) for what lives as long as a run, and
-//! from an [`Arena`] for what lives within a step: planned once, used as a stack, never allocated in between. Kernels
+//! from an [`Arena`] for what lives within a step: planned once, never allocated in between. Kernels
 //! come in families, one `kernels/*.cu` each; a [`Module`] is a family loaded, each kernel looked up once. A [`Graph`] is
 //! a whole step recorded, and owns what it replays.
 //!

@@ -74,6 +74,11 @@ impl<T: Element> Staging<T> {
         Ok(())
     }
 
+    /// Forgets the batches that are on their way.
+    pub fn discard(&mut self) {
+        self.received = self.sent;
+    }
+
     /// Lets the compute stream wait for the oldest batch on its way and copy it to `to`.
     ///
     /// # Errors

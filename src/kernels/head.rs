@@ -1,11 +1,11 @@
 //! The head around its classifier: global average pool with dropout, softmax cross entropy with soft targets, and the
 //! pool's backward. Formulas, shapes and bytes are in `kernels/head.cu`.
 //!
-//! A training step is [`begin_step`](Head::begin_step), [`pool`](Head::pool), the classifier,
+//! A training step is [`StepScalars::begin_step`], [`pool`](Head::pool), the classifier,
 //! [`cross_entropy`](Head::cross_entropy), the classifier's backward, and [`pool_backward`](Head::pool_backward).
 
 use super::raw::{RawElement, RawView, channel_blocks, check_shape};
-use crate::backend::StepKey;
+use super::step::{self, StepScalars};
 use crate::device::cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
 use crate::device::{self, Device, Entry, Family, Kernel, Operands};
 use crate::tensor::{MAX_ELEMENTS, Shape};
@@ -35,10 +35,10 @@ pub const FAMILY: Family = Family {
 };
 
 /// Whether the pool drops features.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Dropout {
-    /// It does, with the plan's rate.
-    On,
+#[derive(Clone, Copy, Debug)]
+pub enum Dropout<'a> {
+    /// It does, with the plan's rate and by the random numbers of this step.
+    On(&'a StepScalars),
     /// It does not: evaluation.
     Off,
 }
@@ -54,15 +54,11 @@ pub struct Head<T> {
     pool_backward: Kernel,
     cross_entropy: Kernel,
     mean_loss: Kernel,
-    /// The kernels' `Step`, then the index of each image.
-    step: CudaSlice<u32>,
     losses: CudaSlice<f32>,
     loss: CudaSlice<f32>,
     element: PhantomData<fn() -> T>,
 }
 
-/// Words of the kernels' `Step`.
-const STEP_WORDS: usize = 4;
 const OPERATION: &str = "head";
 
 impl<T: RawElement> Head<T> {
@@ -92,30 +88,10 @@ impl<T: RawElement> Head<T> {
             pool_backward: kernel("pool_backward")?,
             cross_entropy: kernel("cross_entropy")?,
             mean_loss: module.kernel("head_mean_loss")?,
-            step: device.upload(&encode(&StepKey { images: vec![0; shape.n], ..StepKey::default() }, 1.0))?,
             losses: device.zeros(shape.n)?,
             loss: device.zeros(1)?,
             element: PhantomData,
         })
-    }
-
-    /// Sends to the device what dropout depends on, and what the loss's gradient is multiplied with. Outside of captured
-    /// graphs: what follows may be captured, and reads it there.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for a key of another number of images or a stream of another device, [`Error::Usage`] for a
-    /// scale that is not a positive f32, [`Error::Driver`].
-    pub fn begin_step(&mut self, stream: &Arc<CudaStream>, key: &StepKey, loss_scale: f64) -> Result<()> {
-        Operands::new(OPERATION, &self.device, stream)?;
-        if key.images.len() != self.shape.n {
-            let problem = format!("a key of {} images for a batch of {}", key.images.len(), self.shape.n);
-            return Err(Error::Shape { operation: OPERATION, problem });
-        }
-        let scale = loss_scale as f32;
-        if !(scale.is_normal() && scale > 0.0) {
-            return Err(Error::usage("loss_scale", loss_scale, "expected a positive number that fits f32"));
-        }
-        device::write(stream, &encode(key, scale), &mut self.step)
     }
 
     /// features ← dropout of the mean over pixels of SiLU(z), \[n, c\].
@@ -127,21 +103,25 @@ impl<T: RawElement> Head<T> {
         &self,
         stream: &Arc<CudaStream>,
         raw: RawView<'_, '_, T>,
-        dropout: Dropout,
+        dropout: Dropout<'_>,
         features: &mut CudaViewMut<'_, T>,
     ) -> Result<()> {
         let shape = self.shape;
         let mut operands = Operands::new(OPERATION, &self.device, stream)?;
         raw.check(&mut operands, shape)?;
         operands.write("features", features, shape.n * shape.c)?;
-        let step = self.step.as_view();
+        let (step, threshold, keep) = self.dropout(dropout, &mut operands)?;
         let (pixels, channels) = ((shape.h * shape.w) as u32, shape.c as u32);
-        let (threshold, keep) = self.dropout(dropout);
         let mut launch = self.pool.on(stream);
-        launch.input(raw.y).input(raw.scale).input(raw.shift).input(&step).output(features);
+        launch.input(raw.y).input(raw.scale).input(raw.shift);
+        match &step {
+            Some(step) => launch.input(step),
+            None => launch.null(),
+        };
+        launch.output(features);
         launch.value(&pixels).value(&channels).value(&threshold).value(&keep);
-        // SAFETY: y has `shape`, whose channels are a multiple of 8, the vectors its channels, `step` a word for each
-        // image behind the STEP_WORDS. A block reads one image's tile of 64 channels, those that exist, and writes
+        // SAFETY: y has `shape`, whose channels are a multiple of 8, the vectors its channels; `step` is of as many images,
+        // and not read where there is none. A block reads one image's tile of 64 channels, those that exist, and writes
         // their features, which overlap nothing.
         unsafe { launch.run([channel_blocks(shape), 1, 1], 0, shape) }
     }
@@ -154,6 +134,7 @@ impl<T: RawElement> Head<T> {
     pub fn cross_entropy(
         &mut self,
         stream: &Arc<CudaStream>,
+        step: &StepScalars,
         logits: &CudaView<'_, T>,
         targets: &CudaView<'_, f32>,
         dlogits: &mut CudaViewMut<'_, T>,
@@ -164,8 +145,9 @@ impl<T: RawElement> Head<T> {
         operands.read("logits", logits, count)?;
         operands.read("targets", targets, count)?;
         operands.write("dlogits", dlogits, count)?;
+        let step = step.view(&mut operands, self.shape.n)?;
         let shapes = format_args!("{n} images, {classes} classes");
-        let (step, mut losses) = (self.step.as_view(), self.losses.as_view_mut());
+        let mut losses = self.losses.as_view_mut();
         let mut launch = self.cross_entropy.on(stream);
         launch.input(logits).input(targets).input(&step).output(&mut losses).output(dlogits);
         launch.value(&classes).value(&n);
@@ -189,7 +171,7 @@ impl<T: RawElement> Head<T> {
         stream: &Arc<CudaStream>,
         dfeatures: &CudaView<'_, T>,
         raw: RawView<'_, '_, T>,
-        dropout: Dropout,
+        dropout: Dropout<'_>,
         dz: &mut CudaViewMut<'_, T>,
         sums: &mut CudaViewMut<'_, f32>,
     ) -> Result<()> {
@@ -199,9 +181,8 @@ impl<T: RawElement> Head<T> {
         raw.check(&mut operands, shape)?;
         operands.write("dz", dz, shape.elements())?;
         operands.write("sums", sums, 2 * shape.n * shape.c)?;
-        let step = self.step.as_view();
+        let (step, threshold, keep) = self.dropout(dropout, &mut operands)?;
         let (n, pixels, channels) = (shape.n as u32, (shape.h * shape.w) as u32, shape.c as u32);
-        let (threshold, keep) = self.dropout(dropout);
         let mut launch = self.pool_backward.on(stream);
         launch
             .input(dfeatures)
@@ -210,7 +191,11 @@ impl<T: RawElement> Head<T> {
             .input(raw.shift)
             .input(raw.mean)
             .input(raw.rstd);
-        launch.input(&step).output(dz).output(sums).value(&pixels).value(&channels).value(&n);
+        match &step {
+            Some(step) => launch.input(step),
+            None => launch.null(),
+        };
+        launch.output(dz).output(sums).value(&pixels).value(&channels).value(&n);
         launch.value(&threshold).value(&keep);
         // SAFETY: as in `pool`; a block writes dz where it reads y, and two sums for each of its channels. None overlap.
         unsafe { launch.run([channel_blocks(shape), 1, 1], 0, shape) }
@@ -234,20 +219,17 @@ impl<T: RawElement> Head<T> {
         device::read(stream, &self.losses)
     }
 
-    /// The 24 random bits below which a feature is dropped, and the factor of the others. A uniform number k·2⁻²⁴ is
-    /// below the rate if and only if k is below rate·2²⁴, rounded up.
-    fn dropout(&self, dropout: Dropout) -> (u32, f32) {
-        match dropout {
-            Dropout::Off => (0, 1.0),
-            Dropout::On => ((self.rate * 16_777_216.0).ceil() as u32, (1.0 / (1.0 - self.rate)) as f32),
-        }
+    /// The step, the 24 random bits below which a feature is dropped, and the factor of the others.
+    fn dropout<'a>(
+        &self,
+        dropout: Dropout<'a>,
+        operands: &mut Operands<'_>,
+    ) -> Result<(Option<CudaView<'a, u32>>, u32, f32)> {
+        Ok(match dropout {
+            Dropout::Off => (None, 0, 1.0),
+            Dropout::On(step) => {
+                (Some(step.view(operands, self.shape.n)?), step::threshold(self.rate), step::keep(self.rate))
+            }
+        })
     }
-}
-
-/// The kernels' `Step` and the indices behind it.
-fn encode(key: &StepKey, loss_scale: f32) -> Vec<u32> {
-    let mut words = Vec::with_capacity(STEP_WORDS + key.images.len());
-    words.extend([key.seed as u32, (key.seed >> 32) as u32, key.epoch, loss_scale.to_bits()]);
-    words.extend(&key.images);
-    words
 }

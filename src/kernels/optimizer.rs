@@ -28,7 +28,8 @@
 
 use crate::device::cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
 use crate::device::{self, Device, Element, Entry, Family, Kernel, Launch, Module, Operands};
-use crate::optimizer::{Rule, Step};
+use crate::optimizer::Rule;
+pub use crate::optimizer::Scalars;
 use crate::tensor::MAX_ELEMENTS;
 use crate::{Error, Result};
 use half::{bf16, f16};
@@ -77,26 +78,6 @@ impl CopyElement for f16 {
 
 impl CopyElement for bf16 {
     const CAST: &'static str = "optimizer_cast_bf16";
-}
-
-/// The scalars of one step.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Scalars {
-    /// Those of the rule.
-    pub step: Step,
-    /// The decay of the moving average in this step; see [`ema_decay`](crate::optimizer::ema_decay).
-    pub ema_decay: f64,
-    /// What the loss was multiplied with: for [`Optimizer::norm_and_clip`], which undoes it.
-    pub loss_scale: f64,
-    /// The norm to which [`Optimizer::norm_and_clip`] clips the gradient.
-    pub max_norm: Option<f64>,
-}
-
-impl Scalars {
-    /// A step with the average following at once, no loss scale and no clipping.
-    pub const fn plain(step: Step) -> Self {
-        Self { step, ema_decay: 0.0, loss_scale: 1.0, max_norm: None }
-    }
 }
 
 /// The buffers of an update: each as long as the parameters, aligned to 16 bytes, none overlapping another.

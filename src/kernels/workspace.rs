@@ -29,6 +29,11 @@ impl Workspace {
         Ok(Self { partial, counters })
     }
 
+    /// Partial results that there is room for.
+    pub fn floats(&self) -> usize {
+        self.partial.len()
+    }
+
     /// Refuses a launch that needs more.
     pub(super) fn check(&self, operation: &'static str, floats: usize, counters: usize) -> Result<()> {
         if floats <= self.partial.len() && counters <= Self::COUNTERS {

@@ -19,7 +19,7 @@ pub fn initial_values<F: Real>(layout: &Layout, seed: u64) -> (Vec<F>, Vec<F>) {
         }
         values
     };
-    (fill(&layout.params, layout.param_count()), fill(&layout.stats, layout.stat_count()))
+    (fill(&layout.params, layout.param_buffer()), fill(&layout.stats, layout.stat_buffer()))
 }
 
 /// The values of one tensor in PyTorch's order.

@@ -269,8 +269,8 @@ mod tests {
         let mut load = |network: &Network| {
             let file = WeightFile::read(&path)?;
             let layout = network.layout();
-            params.resize(layout.param_count(), 0.0);
-            stats.resize(layout.stat_count(), 0.0);
+            params.resize(layout.param_buffer(), 0.0);
+            stats.resize(layout.stat_buffer(), 0.0);
             file.load_network(network, &mut params, &mut stats, false)
         };
         assert!(matches!(load(&network), Err(Error::Io { .. })));

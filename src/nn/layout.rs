@@ -1,12 +1,17 @@
 //! Where every named tensor lies in the flat buffers.
 //!
 //! Parameters are one buffer and running statistics another. A tensor is known by its timm name; its values are kept in
-//! the order the kernels read ([`ConvKind`]) and given out in PyTorch's order.
+//! the order the kernels read ([`ConvKind`]) and given out in PyTorch's order. Every tensor begins at a multiple of
+//! [`ALIGNMENT`] elements, so that kernels can read it 16 bytes at a time in any element type. What lies between two
+//! tensors belongs to neither: it is zero, its gradient is zero, and so it stays.
 
 use crate::backend::{Classifier, ConvNorm, SqueezeExcite};
 use crate::nn::BatchNormSpec;
 use crate::tensor::{Conv, ConvKind};
 use std::ops::Range;
+
+/// Tensors begin at multiples of this many elements: 16 bytes of f16 or bf16.
+pub const ALIGNMENT: usize = 8;
 
 /// What a tensor is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,6 +85,11 @@ impl Entry {
     }
 }
 
+/// The length of the buffer that holds these tensors.
+fn buffer(table: &[Entry]) -> usize {
+    table.last().map_or(0, |entry| entry.range.end.next_multiple_of(ALIGNMENT))
+}
+
 /// The tables of both buffers, in forward order.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Layout {
@@ -90,14 +100,24 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// The length of the parameter buffer.
+    /// The number of parameters.
     pub fn param_count(&self) -> usize {
-        self.params.last().map_or(0, |e| e.range.end)
+        self.params.iter().map(|entry| entry.range.len()).sum()
+    }
+
+    /// The number of running statistics.
+    pub fn stat_count(&self) -> usize {
+        self.stats.iter().map(|entry| entry.range.len()).sum()
+    }
+
+    /// The length of the parameter buffer.
+    pub fn param_buffer(&self) -> usize {
+        buffer(&self.params)
     }
 
     /// The length of the statistics buffer.
-    pub fn stat_count(&self) -> usize {
-        self.stats.last().map_or(0, |e| e.range.end)
+    pub fn stat_buffer(&self) -> usize {
+        buffer(&self.stats)
     }
 
     /// The parts of the parameter buffer that weight decay applies to, in order, neighbours joined.
@@ -117,7 +137,7 @@ impl Layout {
             Role::RunningMean | Role::RunningVar => &mut self.stats,
             _ => &mut self.params,
         };
-        let start = table.last().map_or(0, |e| e.range.end);
+        let start = buffer(table);
         let range = start..start + shape.iter().product::<usize>();
         table.push(Entry { name, role, range: range.clone(), shape });
         range
@@ -166,5 +186,46 @@ impl Layout {
         let weight = self.push("classifier.weight".into(), Role::ClassifierKernel, vec![classes, features]);
         let bias = self.push("classifier.bias".into(), Role::Bias, vec![classes]);
         Classifier { features, classes, weight, bias }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Architecture;
+    use crate::nn::Network;
+
+    /// Tensors follow each other, each at the next multiple of 8, and the buffers end at one.
+    #[test]
+    fn tensors_are_aligned_and_nothing_more_is_lost() {
+        for name in Architecture::names() {
+            let network = Network::new(Architecture::find(name).unwrap().network(7));
+            let layout = network.layout();
+            for (entries, length) in
+                [(&layout.params, layout.param_buffer()), (&layout.stats, layout.stat_buffer())]
+            {
+                let ends = entries.iter().map(|entry| entry.range.end.next_multiple_of(8));
+                let starts = entries[1..].iter().map(|entry| entry.range.start).chain([length]);
+                assert_eq!(entries[0].range.start, 0, "{name}");
+                assert!(ends.eq(starts), "{name}");
+            }
+            let lost = layout.param_buffer() - layout.param_count();
+            assert!(lost > 0 && lost < 8 * layout.params.len(), "{name}: {lost} elements of padding");
+        }
+    }
+
+    /// Weight decay reaches every kernel and nothing else.
+    #[test]
+    fn decay_covers_kernels() {
+        let network = Network::new(Architecture::find("b0").unwrap().network(7));
+        let layout = network.layout();
+        let decayed = layout.decayed();
+        let inside = |at: usize| decayed.iter().any(|range| range.contains(&at));
+        for entry in &layout.params {
+            for at in [entry.range.start, entry.range.end - 1] {
+                assert_eq!(inside(at), entry.shape.len() > 1, "{}", entry.name);
+            }
+        }
+        assert!(decayed.windows(2).all(|pair| pair[0].end < pair[1].start), "sorted, disjoint, joined");
     }
 }

@@ -14,7 +14,7 @@ mod spec;
 
 pub use block::{Block, BlockTape};
 pub use fused_mbconv::FusedMbConv;
-pub use layout::{Entry, Layout, Role};
+pub use layout::{ALIGNMENT, Entry, Layout, Role};
 pub use mbconv::MbConv;
 pub use network::{Network, Pass};
 pub use spec::{BatchNormSpec, BlockKind, BlockSpec, NetworkSpec, StageSpec};

@@ -4,7 +4,12 @@ use super::layout::Layout;
 use super::spec::NetworkSpec;
 use super::{Block, BlockTape};
 use crate::Result;
-use crate::backend::{Activation, Backend, Classifier, ConvNorm, Gradient, Load, Mode, Raw, Variables};
+use crate::backend::{
+    Activation, Backend, Classifier, ConvNorm, Gradient, Load, Mode, Normalisation, PassKind, Raw, State,
+    StepKey, Variables,
+};
+use crate::data::MixPlan;
+use crate::optimizer::{Rule, Scalars, Step};
 use crate::tensor::{Conv, ConvKind};
 
 /// A network: its layers and where their values lie.
@@ -147,6 +152,58 @@ impl Network {
         let StemGradient { images, stem, gradient, owed } = self.backward_to_stem(backend, pass, vars)?;
         let gradient = Gradient { gradient: &gradient, raw: &stem, owed: &owed };
         backend.conv_backward(&self.stem, &images, gradient, None, vars)
+    }
+
+    /// What a device does in one training pass, between what it is given and what it is asked: forward, loss, backward;
+    /// before the first pass of a step the gradients are cleared, after the last one the weights move.
+    ///
+    /// # Errors
+    /// What the backend says.
+    pub fn training_pass<B: Backend>(
+        &self,
+        backend: &mut B,
+        kind: PassKind,
+        state: &mut State<B>,
+    ) -> Result<()> {
+        let x = backend.input()?;
+        let mut pass = self.forward(backend, x, &mut state.vars, Mode::Train, kind.dropout)?;
+        backend.loss_gradient(&mut pass.head)?;
+        if kind.first {
+            backend.clear(&mut state.vars.grads)?;
+        }
+        self.backward(backend, pass, &mut state.vars)?;
+        if kind.last { backend.update(state) } else { Ok(()) }
+    }
+
+    /// Lets `backend` go through a training pass of `kind` under `rule`, for its memory and its launches.
+    ///
+    /// # Errors
+    /// What the backend says.
+    pub fn rehearse_training<B: Backend>(&self, backend: &mut B, kind: PassKind, rule: Rule) -> Result<()> {
+        let PassKind { images, side, .. } = kind;
+        let layout = &self.layout;
+        let mut state = State::blank(backend, rule, layout.param_buffer(), layout.stat_buffer())?;
+        backend.begin_step(&StepKey { images: vec![0; images], ..StepKey::default() })?;
+        backend.send(&[], side)?;
+        backend.begin_pass(&Normalisation::HALF, &MixPlan::none(images))?;
+        backend.set_targets(&vec![0.0; images * self.spec.classes])?;
+        let step = Step { number: 0, learning_rate: 0.0, weight_decay: 0.0, gradient_scale: 1.0 };
+        backend.begin_update(rule, &Scalars::plain(step), layout.param_buffer(), &layout.decayed())?;
+        self.training_pass(backend, kind, &mut state)
+    }
+
+    /// Lets `backend` go through the evaluation of `images` images of `side` × `side` pixels.
+    ///
+    /// # Errors
+    /// What the backend says.
+    pub fn rehearse_evaluation<B: Backend>(&self, backend: &mut B, images: usize, side: usize) -> Result<()> {
+        let (params, stats) = (self.layout.param_buffer(), self.layout.stat_buffer());
+        let (params, stats) = (backend.zeros(params)?, backend.zeros(stats)?);
+        let mut vars = Variables { params, grads: backend.zeros(0)?, stats };
+        let x = backend.load(&[], side, &Normalisation::HALF, &MixPlan::none(images))?;
+        let mut pass = self.forward(backend, x, &mut vars, Mode::Eval, 0.0)?;
+        backend.set_targets(&vec![0.0; images * self.spec.classes])?;
+        backend.loss_gradient(&mut pass.head)
     }
 
     /// Back through head, blocks and the stem's activation.

@@ -5,24 +5,41 @@ use super::squeeze_excite::{self, Gate};
 use super::{conv3x3, depthwise, head, input, optimizer, pointwise};
 use crate::backend::{
     Activation, Backend, Classifier, ConvNorm, DropPath, Gradient, Load, Mode, Normalisation, Raw,
-    SqueezeExcite, StepKey, Variables,
+    SqueezeExcite, State, StepKey, Variables,
 };
 use crate::data::MixPlan;
-use crate::optimizer::{Rule, Step};
+use crate::optimizer::{Rule, Scalars, Step, gradient_scale};
 use crate::pool::Pool;
 use crate::random::{Purpose, Stream};
 use crate::tensor::{ConvKind, Real, Shape, Tensor};
 use crate::{Error, Result};
 use ndarray::Array2;
 use std::borrow::Cow;
+use std::collections::VecDeque;
 use std::ops::Range;
 
 /// The CPU reference as a backend; `F` is f32 or f64.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug)]
 pub struct Reference<F> {
     key: StepKey,
     /// Where the tensors of one step leave their memory to the next.
     pool: Pool<F>,
+    /// Images and their side.
+    sent: VecDeque<(Vec<u8>, usize)>,
+    input: Option<Tensor<F>>,
+    targets: Vec<f32>,
+    loss_scale: f64,
+    loss: f64,
+    update: Option<Update>,
+    gradient_norm: f64,
+}
+
+/// How the weights move next.
+#[derive(Debug)]
+struct Update {
+    rule: Rule,
+    scalars: Scalars,
+    kernels: Vec<Range<usize>>,
 }
 
 /// Logits, and what made them.
@@ -36,10 +53,26 @@ pub struct Head<F> {
     dropout: Option<Array2<F>>,
 }
 
+impl<F: Real> Default for Reference<F> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl<F: Real> Reference<F> {
     /// A backend on this machine's CPU.
     pub fn new() -> Self {
-        Self { key: StepKey::default(), pool: Pool::default() }
+        Self {
+            key: StepKey::default(),
+            pool: Pool::default(),
+            sent: VecDeque::new(),
+            input: None,
+            targets: Vec::new(),
+            loss_scale: 1.0,
+            loss: f64::NAN,
+            update: None,
+            gradient_norm: f64::NAN,
+        }
     }
 
     /// 0 or 1 / (1 − rate) for each of `images` images.
@@ -59,7 +92,7 @@ impl<F: Real> Reference<F> {
 }
 
 /// What a convolution reads, with everything owed to it applied.
-fn loaded<'a, F: Real>(x: Load<'a, Reference<F>>) -> Cow<'a, Tensor<F>> {
+fn loaded<F: Real>(x: Load<'_, Reference<F>>) -> Cow<'_, Tensor<F>> {
     match x {
         Load::Plain(x) => Cow::Borrowed(x),
         Load::Silu(raw) => Cow::Owned(batch_norm::apply(&raw.y, &raw.norm, Activation::Silu, None)),
@@ -151,6 +184,7 @@ impl<F: Real> Backend for Reference<F> {
     type Gate = Gate<F>;
     type Owed = Owed<F>;
     type Head = Head<F>;
+    type Rehearsal = Self;
 
     fn buffer(&self, values: Vec<F>) -> Result<Vec<F>> {
         Ok(values)
@@ -172,19 +206,60 @@ impl<F: Real> Backend for Reference<F> {
         x.shape()
     }
 
-    fn input(
-        &mut self,
-        images: &[u8],
-        side: usize,
-        normalisation: &Normalisation,
-        mix: &MixPlan,
-    ) -> Result<Tensor<F>> {
-        Ok(input::forward(images, side, normalisation, mix)?.with_pool(&self.pool))
+    fn send(&mut self, images: &[u8], side: usize) -> Result<()> {
+        if self.sent.len() == 2 {
+            let problem = "two batches are on their way: begin a pass before sending a third".into();
+            return Err(Error::Shape { operation: "input", problem });
+        }
+        self.sent.push_back((images.to_vec(), side));
+        Ok(())
     }
 
-    fn begin_step(&mut self, key: &StepKey) {
+    fn discard_sent(&mut self) {
+        self.sent.clear();
+    }
+
+    fn begin_pass(&mut self, normalisation: &Normalisation, mix: &MixPlan) -> Result<()> {
+        let Some((images, side)) = self.sent.pop_front() else {
+            let problem = "no batch is on its way: send one first".into();
+            return Err(Error::Shape { operation: "input", problem });
+        };
+        self.input = Some(input::forward(&images, side, normalisation, mix)?.with_pool(&self.pool));
+        Ok(())
+    }
+
+    fn set_targets(&mut self, targets: &[f32]) -> Result<()> {
+        self.targets = targets.to_vec();
+        Ok(())
+    }
+
+    fn begin_step(&mut self, key: &StepKey) -> Result<()> {
         self.key.clone_from(key);
         self.pool.trim();
+        Ok(())
+    }
+
+    fn set_loss_scale(&mut self, scale: f64) {
+        self.loss_scale = scale;
+    }
+
+    fn begin_update(
+        &mut self,
+        rule: Rule,
+        scalars: &Scalars,
+        _parameters: usize,
+        kernels: &[Range<usize>],
+    ) -> Result<()> {
+        rule.validate()?;
+        self.update = Some(Update { rule, scalars: *scalars, kernels: kernels.to_vec() });
+        Ok(())
+    }
+
+    fn input(&mut self) -> Result<Tensor<F>> {
+        self.input.take().ok_or_else(|| Error::Shape {
+            operation: "input",
+            problem: "no pass was begun, or its input was taken already".into(),
+        })
     }
 
     fn conv_norm(
@@ -237,7 +312,7 @@ impl<F: Real> Backend for Reference<F> {
         &mut self,
         layer: &SqueezeExcite,
         x: &Raw<Self>,
-        vars: &Variables<Self>,
+        vars: &mut Variables<Self>,
     ) -> Result<Gate<F>> {
         check_shapes("squeeze-excitation", x.y.shape(), x.y.shape().with_channels(layer.channels))?;
         Ok(squeeze_excite::forward(layer, &x.y, &x.norm, &vars.params))
@@ -262,7 +337,7 @@ impl<F: Real> Backend for Reference<F> {
         layer: &Classifier,
         x: &Raw<Self>,
         dropout: f64,
-        vars: &Variables<Self>,
+        vars: &mut Variables<Self>,
     ) -> Result<Head<F>> {
         let shape = x.y.shape();
         check_shapes("classifier", shape, shape.with_channels(layer.features))?;
@@ -284,17 +359,25 @@ impl<F: Real> Backend for Reference<F> {
         Ok(head.logits.iter().copied().collect())
     }
 
-    fn cross_entropy(&mut self, head: &mut Head<F>, targets: &[f32]) -> Result<f64> {
+    fn loss_gradient(&mut self, head: &mut Head<F>) -> Result<()> {
         let (images, classes) = head.logits.dim();
-        let count = targets.len();
-        let targets = targets.iter().map(|&t| F::of(t.into())).collect();
+        let count = self.targets.len();
+        let targets = self.targets.iter().map(|&t| F::of(t.into())).collect();
         let targets = Array2::from_shape_vec((images, classes), targets).map_err(|_| {
             let problem = format!("{count} targets do not match logits {images}×{classes}");
             Error::Shape { operation: "cross entropy", problem }
         })?;
-        let (loss, grad) = head::cross_entropy(&head.logits, &targets);
+        let (loss, mut grad) = head::cross_entropy(&head.logits, &targets);
+        if self.loss_scale != 1.0 {
+            grad *= F::of(self.loss_scale);
+        }
         head.grad = Some(grad);
-        Ok(loss)
+        self.loss = loss;
+        Ok(())
+    }
+
+    fn loss(&mut self) -> Result<f64> {
+        Ok(self.loss)
     }
 
     fn head_backward(
@@ -430,18 +513,22 @@ impl<F: Real> Backend for Reference<F> {
         Ok(optimizer::gradient_norm(buffer))
     }
 
-    fn update(
-        &mut self,
-        rule: Rule,
-        step: &Step,
-        kernels: &[Range<usize>],
-        vars: &mut Variables<Self>,
-        slots: &mut [Vec<F>],
-    ) -> Result<()> {
-        optimizer::update(rule, step, kernels, &mut vars.params, &vars.grads, slots)
+    fn update(&mut self, state: &mut State<Self>) -> Result<()> {
+        let Some(Update { rule, scalars, kernels }) = &self.update else {
+            let problem = "no update was begun".into();
+            return Err(Error::Shape { operation: "update", problem });
+        };
+        let State { vars, average, slots } = state;
+        let norm = optimizer::gradient_norm(&vars.grads);
+        self.gradient_norm = norm / scalars.loss_scale;
+        let Some(scale) = gradient_scale(norm, scalars.loss_scale, scalars.max_norm) else { return Ok(()) };
+        let step = Step { gradient_scale: scale, ..scalars.step };
+        optimizer::update(*rule, &step, kernels, &mut vars.params, &vars.grads, slots)?;
+        optimizer::update_average(&mut average.params, &vars.params, scalars.ema_decay)?;
+        optimizer::update_average(&mut average.stats, &vars.stats, scalars.ema_decay)
     }
 
-    fn update_average(&mut self, average: &mut Vec<F>, values: &Vec<F>, decay: f64) -> Result<()> {
-        optimizer::update_average(average, values, decay)
+    fn gradient_norm(&mut self) -> Result<f64> {
+        Ok(self.gradient_norm)
     }
 }

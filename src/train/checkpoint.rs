@@ -5,9 +5,11 @@
 
 use super::config::TrainConfig;
 use super::run::{CHECKPOINT, CONFIG};
+pub use crate::backend::State;
 use crate::backend::{Backend, Variables};
 use crate::model::weights::{self, METADATA_KEY, WeightFile, named};
 use crate::nn::{Layout, Network};
+use crate::optimizer::LossScale;
 use crate::tensor::Real;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -40,6 +42,9 @@ pub struct Description {
     pub classes: Vec<String>,
     /// Where the run stands.
     pub position: Position,
+    /// Where the loss scale stands, if the run is in f16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<LossScale>,
 }
 
 /// Which of the two sets of weights in a checkpoint.
@@ -58,41 +63,6 @@ impl WeightSet {
             Self::Ema => "ema.",
             Self::Raw => "",
         }
-    }
-}
-
-/// The values of a run on its backend.
-#[derive(Debug)]
-pub struct State<B: Backend> {
-    /// Weights, gradients, statistics.
-    pub vars: Variables<B>,
-    /// The moving average of weights and statistics; its gradients are empty.
-    pub average: Variables<B>,
-    /// The optimizer's.
-    pub slots: Vec<B::Buffer>,
-}
-
-impl<B: Backend> State<B> {
-    /// Fresh optimizer state and average for these weights and statistics.
-    ///
-    /// # Errors
-    /// When the backend has no memory for it.
-    pub fn new(
-        backend: &B,
-        config: &TrainConfig,
-        params: Vec<B::Element>,
-        stats: Vec<B::Element>,
-    ) -> Result<Self> {
-        let slot = |initial: f32| backend.buffer(vec![B::Element::of(initial.into()); params.len()]);
-        let slots = config.optimizer.slots().iter().map(|s| slot(s.initial)).collect::<Result<_>>()?;
-        let average = Variables {
-            params: backend.buffer(params.clone())?,
-            grads: backend.buffer(Vec::new())?,
-            stats: backend.buffer(stats.clone())?,
-        };
-        let grads = slot(0.0)?;
-        let vars = Variables { params: backend.buffer(params)?, grads, stats: backend.buffer(stats)? };
-        Ok(Self { vars, average, slots })
     }
 }
 
@@ -191,8 +161,8 @@ impl Checkpoint {
 
     fn buffers<F: Real>(&self, layout: &Layout, set: WeightSet) -> Result<(Vec<F>, Vec<F>)> {
         let name = |prefix: &str, name: &str| Some(format!("{prefix}{name}"));
-        let mut params = vec![F::zero(); layout.param_count()];
-        let mut stats = vec![F::zero(); layout.stat_count()];
+        let mut params = vec![F::zero(); layout.param_buffer()];
+        let mut stats = vec![F::zero(); layout.stat_buffer()];
         self.file.load(&layout.params, &mut params, |e| name(set.prefix(), &e.name))?;
         self.file.load(&layout.stats, &mut stats, |e| name(set.prefix(), &e.name))?;
         Ok((params, stats))
@@ -220,10 +190,10 @@ impl Checkpoint {
     pub fn state<B: Backend>(&self, backend: &B, network: &Network) -> Result<State<B>> {
         let layout = network.layout();
         let mut vars = self.weights(backend, network, WeightSet::Raw)?;
-        vars.grads = backend.buffer(vec![B::Element::of(0.0); layout.param_count()])?;
+        vars.grads = backend.zeros(layout.param_buffer())?;
         let average = self.weights(backend, network, WeightSet::Ema)?;
         let slot = |slot: &crate::optimizer::Slot| {
-            let mut values = vec![B::Element::of(0.0); layout.param_count()];
+            let mut values = vec![B::Element::of(0.0); layout.param_buffer()];
             let prefix = slot_prefix(slot.name);
             self.file.load(&layout.params, &mut values, |e| Some(format!("{prefix}{}", e.name)))?;
             backend.buffer(values)

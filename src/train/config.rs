@@ -29,6 +29,9 @@ pub struct TrainConfig {
     pub epochs: u32,
     /// Images a step.
     pub batch: usize,
+    /// Parts that a batch is cut into, one pass each: their gradients are added up, their batch norms see a part alone.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub accumulate: usize,
     /// Side of the images in evaluation, in pixels.
     pub eval_size: usize,
     /// Evaluate every so many epochs, and after the last.
@@ -76,6 +79,14 @@ pub struct NetworkConfig {
     pub batch_norm: BatchNormSpec,
 }
 
+const fn one() -> usize {
+    1
+}
+
+const fn is_one(value: &usize) -> bool {
+    *value == 1
+}
+
 impl TrainConfig {
     /// The recipe for `model` on `data`: the paper's as google/automl runs it, with sizes and epochs of the
     /// architecture. Small grey characters, and `nano`, get a short recipe instead.
@@ -107,6 +118,7 @@ impl TrainConfig {
             seed: 0,
             epochs: 350,
             batch: 256,
+            accumulate: 1,
             eval_size: architecture.eval_size,
             evaluate_every: 1,
             checkpoint_every: 0,
@@ -143,6 +155,7 @@ impl TrainConfig {
             seed: 0,
             epochs: 20,
             batch: 32,
+            accumulate: 1,
             eval_size: 48,
             evaluate_every: 1,
             checkpoint_every: 0,
@@ -271,6 +284,10 @@ impl TrainConfig {
                 return Err(Error::usage(key, 0, "must be at least 1"));
             }
         }
+        if self.accumulate == 0 || !self.batch.is_multiple_of(self.accumulate) {
+            let problem = format!("must divide the batch of {}", self.batch);
+            return Err(Error::usage("accumulate", self.accumulate, problem));
+        }
         check_side("eval_size", self.eval_size)?;
         let shares = [
             ("label_smoothing", self.label_smoothing),
@@ -308,6 +325,11 @@ impl TrainConfig {
             self.images_in(&stage).validate().map_err(of_the_progression)?;
         }
         self.eval_images.validate()
+    }
+
+    /// Images a pass.
+    pub const fn images_a_pass(&self) -> usize {
+        self.batch / self.accumulate
     }
 
     /// What happens to a training image in `stage`.
@@ -430,6 +452,8 @@ mod tests {
                 "batch = -3",
                 "batch = -3: invalid value: integer `-3`, expected a whole number; correct it in run.toml",
             ),
+            ("batch = 12\naccumulate = 8", "accumulate = 8: must divide the batch of 12"),
+            ("accumulate = 0", "accumulate = 0"),
             ("eval_size = 31", "at least 32"),
             ("[progressive]\nimage_size = [16, 64]", "image_size"),
             ("learning_rate = 0.0", "learning_rate"),

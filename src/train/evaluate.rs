@@ -22,7 +22,10 @@ pub struct Scores {
     pub top5: f64,
 }
 
-fn number_or_nan<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<f64, D::Error> {
+/// JSON has no word for what is not a number: null.
+pub(super) fn number_or_nan<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<f64, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
 
@@ -59,7 +62,7 @@ pub fn evaluate<B: Backend>(
     let (mut loss, mut top5) = (0.0, 0);
     for batch in loader.epoch(0, 0) {
         let batch = batch?;
-        let x = backend.input(&batch.images, batch.size, normalisation, &batch.mix)?;
+        let x = backend.load(&batch.images, batch.size, normalisation, &batch.mix)?;
         let mut pass = network.forward(backend, x, vars, Mode::Eval, 0.0)?;
         let targets = batch.mix.soft_targets(&batch.labels, classes, 0.0)?;
         loss += backend.cross_entropy(&mut pass.head, &targets)? * batch.len() as f64;

@@ -2,7 +2,7 @@
 
 use super::checkpoint::Position;
 use super::config::TrainConfig;
-use super::evaluate::Scores;
+use super::evaluate::{Scores, number_or_nan};
 use super::progressive::Stage;
 use crate::report::curves::{Figure, History, Mark};
 use crate::report::metrics;
@@ -41,7 +41,9 @@ pub struct StepRecord {
     pub loss: f64,
     /// Its learning rate.
     pub learning_rate: f64,
-    /// Norm of all gradients, before clipping.
+    /// Norm of all gradients, before clipping. Not finite where a gradient overflowed f16 and the step was skipped; JSON
+    /// writes that as null.
+    #[serde(deserialize_with = "number_or_nan")]
     pub gradient_norm: f64,
     /// Side of its images in pixels.
     pub image_size: usize,

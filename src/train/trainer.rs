@@ -6,12 +6,12 @@ use super::evaluate::{Scores, evaluate};
 use super::progressive::{Stage, stage_at};
 use super::run::{CHECKPOINT, EpochRecord, METRICS, Record, RunFolder, StepRecord};
 use super::schedule::Schedule;
-use crate::backend::{Backend, Mode, Normalisation, StepKey};
+use crate::backend::{Backend, Memory, Normalisation, PassKind, StepKey};
 use crate::data::{BadImages, Batch, Loader, LoaderConfig, Pipeline, Splits};
 use crate::model::weights::WeightFile;
 use crate::model::{Architecture, initial_values, summarise};
 use crate::nn::Network;
-use crate::optimizer::{Step, ema_decay, gradient_scale};
+use crate::optimizer::{Scalars, Step, ema_decay};
 use crate::report::metrics::MetricsWriter;
 use crate::{Error, Result};
 use std::path::Path;
@@ -75,9 +75,9 @@ impl<B: Backend> Trainer<B> {
             let keep = !file.fits_classifier(&network)?;
             file.load_network(&network, &mut params, &mut stats, keep)?;
         }
-        let state = State::new(&backend, &config, params, stats)?;
-        let position = Position::default();
-        let description = Description { format_version: FORMAT_VERSION, config, classes, position };
+        let state = State::new(&backend, config.optimizer, params, stats)?;
+        let (format_version, position) = (FORMAT_VERSION, Position::default());
+        let description = Description { format_version, config, classes, position, loss_scale: None };
         Self::assemble(backend, network, description, state)
     }
 
@@ -91,8 +91,10 @@ impl<B: Backend> Trainer<B> {
         Self::assemble(backend, network, checkpoint.description.clone(), state)
     }
 
-    fn assemble(backend: B, network: Network, description: Description, state: State<B>) -> Result<Self> {
+    fn assemble(backend: B, network: Network, mut description: Description, state: State<B>) -> Result<Self> {
         let normalisation = Architecture::find(&description.config.model)?.normalisation;
+        description.loss_scale =
+            backend.scales_loss().then(|| description.loss_scale.take().unwrap_or_default());
         Ok(Self { backend, network, normalisation, description, state })
     }
 
@@ -111,12 +113,42 @@ impl<B: Backend> Trainer<B> {
         self.description.position
     }
 
-    /// Checks the configuration against the data, before anything is written.
+    /// Checks the configuration against the data, and takes the memory of the run, before anything is written.
     ///
     /// # Errors
     /// [`Error::Usage`] when they do not fit: other classes, too few images for a batch norm.
-    pub fn check(&self, splits: &Splits) -> Result<()> {
-        self.plan(splits).map(drop)
+    /// [`Error::OutOfMemory`] when the batch is too large for the device; it says which one would fit.
+    pub fn check(&mut self, splits: &Splits) -> Result<()> {
+        self.plan(splits)?;
+        let images = self.config().images_a_pass();
+        let Err(mut error) = self.prepare(images) else { return Ok(()) };
+        if let Error::OutOfMemory { what, remedy, .. } = &mut error {
+            let config = self.config();
+            *what = format!("training {} with {images} images a pass", config.model);
+            *remedy = match self.largest_batch()? {
+                Some(largest) => format!(
+                    "{largest} images a pass fit: use --batch {largest}, or cut the batch by --accumulate, or use \
+                     smaller images"
+                ),
+                None => "not even a single image fits; use smaller images or a smaller model".into(),
+            };
+        }
+        Err(error)
+    }
+
+    /// Makes room for passes of `images` images in every stage, and for evaluations.
+    fn prepare(&mut self, images: usize) -> Result<()> {
+        let passes = Passes::new(&self.description.config, &self.network)?;
+        self.backend.prepare(|backend| passes.rehearse(backend, images))
+    }
+
+    /// The largest number of images a pass for which there is memory in every stage; none if not even one fits, or
+    /// nothing limits it but the machine's memory.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn largest_batch(&self) -> Result<Option<usize>> {
+        largest_batch(&self.backend, &self.description.config, &self.network, true)
     }
 
     /// Trains to the end: an epoch at a time, each followed by an evaluation and a checkpoint. Returns the last scores of
@@ -131,7 +163,9 @@ impl<B: Backend> Trainer<B> {
         folder: &RunFolder,
         observer: &mut dyn Observer,
     ) -> Result<Scores> {
+        self.check(splits)?;
         let plan = self.plan(splits)?;
+        self.backend.discard_sent();
         let mut metrics = MetricsWriter::append(&folder.file(METRICS))?;
         let mut last = None;
         while self.description.position.epoch < self.config().epochs {
@@ -183,7 +217,7 @@ impl<B: Backend> Trainer<B> {
             return Err(Error::usage("data", splits.train.name(), problem));
         }
         let stages = config.progressive.stages(config.epochs.into())?;
-        let images = config.batch.min(splits.train.len());
+        let images = config.images_a_pass().min(splits.train.len());
         for stage in &stages {
             let side = summarise(self.network.spec(), stage.image_size).stages.last().map_or(1, |s| s.side);
             if images * side * side == 1 {
@@ -196,7 +230,8 @@ impl<B: Backend> Trainer<B> {
         }
         let validation = self.loader_config(config.eval_size, Pipeline::Eval(config.eval_images));
         let validation = Loader::new(splits.validation.clone(), validation)?;
-        let steps_per_epoch = self.train_loader(splits, &stages[0])?.batches();
+        let passes = self.train_loader(splits, &stages[0])?.batches();
+        let steps_per_epoch = (passes / config.accumulate).max(1);
         let schedule = Schedule::new(
             config.learning_rate,
             config.decay,
@@ -210,7 +245,7 @@ impl<B: Backend> Trainer<B> {
     fn loader_config(&self, size: usize, pipeline: Pipeline) -> LoaderConfig {
         let config = self.config();
         let bad_images = if config.strict { BadImages::Fail } else { BadImages::Skip };
-        let (batch, seed, threads) = (config.batch, config.seed, rayon::current_num_threads());
+        let (batch, seed, threads) = (config.images_a_pass(), config.seed, rayon::current_num_threads());
         LoaderConfig { batch, size, seed, threads, prefetch: PREFETCH, bad_images, pipeline }
     }
 
@@ -231,24 +266,29 @@ impl<B: Backend> Trainer<B> {
     ) -> Result<f64> {
         let loader = self.train_loader(splits, stage)?;
         let Position { epoch, batch: done, .. } = self.description.position;
-        observer.epoch_begins(epoch, done, loader.batches());
+        observer.epoch_begins(epoch, done, plan.steps_per_epoch);
         let (start, mut images) = (Instant::now(), 0);
-        for batch in loader.epoch(epoch, done) {
-            let batch = match batch {
-                Ok(batch) => batch,
-                Err(error) => {
+        let accumulate = self.config().accumulate;
+        let passes = (plan.steps_per_epoch * accumulate).min(loader.batches());
+        let left = passes.saturating_sub(done * accumulate);
+        let mut ahead = Ahead::new(loader.epoch(epoch, done * accumulate), left, &mut self.backend);
+        while ahead.left > 0 {
+            let record = match self.step(&mut ahead, stage, &plan.schedule, folder) {
+                Ok(record) => record,
+                Err(StepError::Data(error)) => {
                     // The steps up to here are good: whoever mends the data goes on from them.
                     self.save(folder)?;
                     return Err(error);
                 }
+                Err(StepError::Other(error)) => return Err(error),
             };
-            images += batch.len();
-            let record = self.step(&batch, stage, &plan.schedule, folder)?;
+            images = ahead.taken;
             metrics.write(&Record::Step(record))?;
             observer.step(&record);
             let every = self.config().checkpoint_every;
             let due = every > 0 && record.step.is_multiple_of(every);
             if observer.should_stop() {
+                self.backend.discard_sent();
                 return Err(self.stopped(folder));
             }
             if due {
@@ -258,50 +298,71 @@ impl<B: Backend> Trainer<B> {
         Ok(images as f64 / start.elapsed().as_secs_f64())
     }
 
-    /// Forward, loss, backward, update, average.
-    fn step(
+    /// A pass for each part of the batch, update, average.
+    fn step<I: Iterator<Item = Result<Batch>>>(
         &mut self,
-        batch: &Batch,
+        ahead: &mut Ahead<I>,
         stage: &Stage,
         schedule: &Schedule,
         folder: &RunFolder,
-    ) -> Result<StepRecord> {
+    ) -> Result<StepRecord, StepError> {
         let Self { backend, network, normalisation, description, state } = self;
         let (config, position) = (&description.config, &mut description.position);
-        let key = StepKey { seed: config.seed, epoch: batch.epoch, images: batch.indices.clone() };
-        backend.begin_step(&key);
-        let x = backend.input(&batch.images, batch.size, normalisation, &batch.mix)?;
-        let mut pass =
-            network.forward(backend, x, &mut state.vars, Mode::Train, stage.regularisation.dropout)?;
-        let smoothing = config.label_smoothing as f32;
-        let targets = batch.mix.soft_targets(&batch.labels, network.spec().classes, smoothing)?;
-        let loss = backend.cross_entropy(&mut pass.head, &targets)?;
-        backend.clear(&mut state.vars.grads)?;
-        network.backward(backend, pass, &mut state.vars)?;
-        let gradient_norm = backend.norm(&state.vars.grads)?;
-        let scale = gradient_scale(gradient_norm, 1.0, config.max_gradient_norm);
-        let (Some(gradient_scale), true) = (scale, loss.is_finite()) else {
+        let (number, dropout) = (position.step, stage.regularisation.dropout);
+        let learning_rate = schedule.learning_rate(number);
+        let scale = description.loss_scale.map_or(1.0, |loss_scale| loss_scale.scale);
+        backend.set_loss_scale(scale);
+        let (mut passes, mut loss, mut last) = (0_u32, 0.0, false);
+        while !last {
+            let batch = ahead.take()?;
+            passes += 1;
+            last = passes as usize == config.accumulate || ahead.left == 0;
+            backend.begin_step(&StepKey {
+                seed: config.seed,
+                epoch: batch.epoch,
+                images: batch.indices.clone(),
+            })?;
+            backend.begin_pass(normalisation, &batch.mix)?;
+            let (classes, smoothing) = (network.spec().classes, config.label_smoothing as f32);
+            backend.set_targets(&batch.mix.soft_targets(&batch.labels, classes, smoothing)?)?;
+            if last {
+                let weight_decay = config.weight_decay;
+                let scalars = Scalars {
+                    step: Step { number, learning_rate, weight_decay, gradient_scale: 1.0 },
+                    ema_decay: ema_decay(config.ema_decay, number),
+                    loss_scale: scale * f64::from(passes),
+                    max_norm: config.max_gradient_norm,
+                };
+                let layout = network.layout();
+                backend.begin_update(config.optimizer, &scalars, layout.param_buffer(), &layout.decayed())?;
+            }
+            let (images, side, first) = (batch.len(), batch.size, passes == 1);
+            let kind = PassKind { images, side, dropout, first, last };
+            backend.perform(kind, state, |backend, state| network.training_pass(backend, kind, state))?;
+            // The device computes: time to fetch what it needs next.
+            ahead.fetch(backend);
+            loss += backend.loss()?;
+        }
+        loss /= f64::from(passes);
+        let gradient_norm = backend.gradient_norm()?;
+        let good = match &mut description.loss_scale {
+            _ if !loss.is_finite() => false,
+            Some(loss_scale) if gradient_norm.is_finite() => {
+                loss_scale.keep();
+                true
+            }
+            Some(loss_scale) => loss_scale.back_off(),
+            None => gradient_norm.is_finite(),
+        };
+        if !good {
             let position = Position { step: position.step + 1, ..*position };
             let what = format!("loss {loss} and gradient norm {gradient_norm}");
-            return Err(diverged(&position, &what, folder));
-        };
-        let number = position.step;
-        let learning_rate = schedule.learning_rate(number);
-        let step = Step { number, learning_rate, weight_decay: config.weight_decay, gradient_scale };
-        backend.update(
-            config.optimizer,
-            &step,
-            &network.layout().decayed(),
-            &mut state.vars,
-            &mut state.slots,
-        )?;
-        let decay = ema_decay(config.ema_decay, number);
-        backend.update_average(&mut state.average.params, &state.vars.params, decay)?;
-        backend.update_average(&mut state.average.stats, &state.vars.stats, decay)?;
+            return Err(diverged(&position, &what, folder).into());
+        }
         position.step += 1;
         position.batch += 1;
         position.loss_sum += loss;
-        let (step, epoch, image_size) = (position.step, position.epoch, batch.size);
+        let (step, epoch, image_size) = (position.step, position.epoch, stage.image_size);
         Ok(StepRecord { step, epoch, loss, learning_rate, gradient_norm, image_size })
     }
 
@@ -342,6 +403,120 @@ impl<B: Backend> Trainer<B> {
         let path = folder.file(CHECKPOINT);
         checkpoint::write(&path, &self.backend, self.network.layout(), &self.state, &self.description)
     }
+}
+
+/// Batches, the next one fetched while the one before is computed with.
+struct Ahead<I> {
+    batches: I,
+    next: Option<Result<Batch>>,
+    /// Batches not yet handed out.
+    left: usize,
+    /// Images handed out.
+    taken: usize,
+}
+
+impl<I: Iterator<Item = Result<Batch>>> Ahead<I> {
+    fn new<B: Backend>(batches: I, left: usize, backend: &mut B) -> Self {
+        let mut ahead = Self { batches, next: None, left, taken: 0 };
+        ahead.fetch(backend);
+        ahead
+    }
+
+    /// The batch that was fetched.
+    fn take(&mut self) -> Result<Batch, StepError> {
+        let none = || Error::Training("an epoch ended in the middle of a step".into());
+        let batch = self.next.take().unwrap_or_else(|| Err(none())).map_err(StepError::Data)?;
+        self.taken += batch.len();
+        self.left -= 1;
+        Ok(batch)
+    }
+
+    /// Fetches the next one, and sends its images on their way.
+    fn fetch<B: Backend>(&mut self, backend: &mut B) {
+        if self.left == 0 {
+            return;
+        }
+        self.next = self.batches.next().map(|batch| {
+            let batch = batch?;
+            backend.send(&batch.images, batch.size)?;
+            Ok(batch)
+        });
+    }
+}
+
+/// Why a step came to nothing.
+enum StepError {
+    /// Its images could not be had; the step before is good.
+    Data(Error),
+    Other(Error),
+}
+
+impl From<Error> for StepError {
+    fn from(error: Error) -> Self {
+        Self::Other(error)
+    }
+}
+
+/// The passes that a run makes, for a backend to make room for.
+struct Passes<'a> {
+    config: &'a TrainConfig,
+    network: &'a Network,
+    stages: Vec<Stage>,
+}
+
+impl<'a> Passes<'a> {
+    fn new(config: &'a TrainConfig, network: &'a Network) -> Result<Self> {
+        let stages = config.progressive.stages(config.epochs.into())?;
+        Ok(Self { config, network, stages })
+    }
+
+    /// Goes through all of them with `images` images each.
+    fn rehearse<B: Backend>(&self, backend: &mut B, images: usize) -> Result<()> {
+        for stage in &self.stages {
+            let (side, dropout) = (stage.image_size, stage.regularisation.dropout);
+            let kind = PassKind { images, side, dropout, first: true, last: true };
+            self.network.rehearse_training(backend, kind, self.config.optimizer)?;
+        }
+        self.network.rehearse_evaluation(backend, images, self.config.eval_size)
+    }
+}
+
+/// The largest number of images a pass for which `backend` has memory, beside a [`State`] unless it `has_state` already;
+/// none if not even one fits, or nothing limits it but the machine's memory.
+///
+/// # Errors
+/// What the device says.
+pub fn largest_batch<B: Backend>(
+    backend: &B,
+    config: &TrainConfig,
+    network: &Network,
+    has_state: bool,
+) -> Result<Option<usize>> {
+    let passes = Passes::new(config, network)?;
+    let fits = |images: usize| {
+        let memory = backend.memory(|backend| passes.rehearse(backend, images));
+        match memory {
+            Ok(memory) => Ok(memory.map(|Memory { needed, buffers, available }| {
+                needed + if has_state { 0 } else { buffers } <= available
+            })),
+            // More elements than an index can count.
+            Err(Error::Shape { .. }) => Ok(Some(false)),
+            Err(error) => Err(error),
+        }
+    };
+    let (mut low, mut high) = (0, 1);
+    while fits(high)? == Some(true) {
+        (low, high) = (high, 2 * high);
+    }
+    while high - low > 1 {
+        let middle = usize::midpoint(low, high);
+        if fits(middle)? == Some(true) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    Ok((low > 0).then_some(low))
 }
 
 /// Training ends at this step because of `what`.

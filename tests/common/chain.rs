@@ -96,7 +96,7 @@ impl Chain {
     pub fn run<F: Real>(&self, values: &[F], probe: &[F]) -> Result<Run<F>> {
         let mut backend = Reference::<F>::new();
         let images = (0..self.output.n as u32).map(|i| 10 + i).collect();
-        backend.begin_step(&StepKey { seed: self.spec.seed, epoch: 1, images });
+        backend.begin_step(&StepKey { seed: self.spec.seed, epoch: 1, images }).unwrap();
         let mut vars = Variables {
             params: values.to_vec(),
             grads: vec![F::zero(); values.len()],

@@ -8,6 +8,7 @@ pub mod differences;
 pub mod whole;
 
 use effnetv2::backend::{Classifier, ConvNorm, SqueezeExcite, VarianceEstimator};
+use effnetv2::nn::ALIGNMENT;
 use effnetv2::random::{Purpose, Stream};
 use effnetv2::reference::batch_norm::Owed;
 use effnetv2::tensor::{Conv, ConvKind, Padding, Real, Shape, Tensor};
@@ -79,8 +80,9 @@ pub struct Table {
 }
 
 impl Table {
+    /// The length of the buffer: tensors begin where a network's would.
     pub fn len(&self) -> usize {
-        self.slots.last().map_or(0, |slot| slot.range.end)
+        self.slots.last().map_or(0, |slot| slot.range.end.next_multiple_of(ALIGNMENT))
     }
 
     pub fn tensor(&mut self, name: String, len: usize, scale: f64, offset: f64) -> Range<usize> {
@@ -95,15 +97,16 @@ impl Table {
     }
 
     pub fn conv_norm(&mut self, name: &str, conv: Conv) -> ConvNorm {
-        let (channels, first) = (conv.outputs, self.stats);
-        self.stats += 2 * channels;
+        let channels = conv.outputs;
+        let [mean, var] = [0, 1].map(|i| self.stats + i * channels.next_multiple_of(ALIGNMENT));
+        self.stats = var + channels.next_multiple_of(ALIGNMENT);
         ConvNorm {
             conv,
             weight: self.weight(format!("{name}.weight"), conv.weights(), conv.weights() / channels),
             gamma: self.tensor(format!("{name}.gamma"), channels, 0.5, 1.0),
             beta: self.tensor(format!("{name}.beta"), channels, 1.0, 0.0),
-            running_mean: first..first + channels,
-            running_var: first + channels..first + 2 * channels,
+            running_mean: mean..mean + channels,
+            running_var: var..var + channels,
             epsilon: EPSILON,
             momentum: 0.1,
             variance: VarianceEstimator::Unbiased,
@@ -130,13 +133,17 @@ impl Table {
         }
     }
 
-    /// Random values for the whole buffer.
+    /// Random values for the whole buffer, zero between tensors.
     pub fn values(&self, seed: u64) -> Vec<f64> {
-        let value = |(index, slot): (usize, &Slot)| {
+        let mut values = vec![0.0; self.len()];
+        for (index, slot) in self.slots.iter().enumerate() {
             let draws = uniform(seed, index as u32, slot.range.len());
-            draws.into_iter().map(|u| slot.offset + slot.scale * u).collect::<Vec<_>>()
-        };
-        self.slots.iter().enumerate().flat_map(value).collect()
+            values[slot.range.clone()]
+                .iter_mut()
+                .zip(draws)
+                .for_each(|(v, u)| *v = slot.offset + slot.scale * u);
+        }
+        values
     }
 }
 

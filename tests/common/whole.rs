@@ -70,7 +70,7 @@ impl Whole {
         Variables {
             params: values[..self.images.start].to_vec(),
             grads: vec![F::zero(); self.images.start],
-            stats: vec![F::one(); self.network.layout().stat_count()],
+            stats: vec![F::one(); self.network.layout().stat_buffer()],
         }
     }
 
@@ -94,7 +94,7 @@ impl Whole {
         mode: Mode,
     ) -> Result<Vec<F>> {
         let mut backend = Reference::new();
-        backend.begin_step(&self.key);
+        backend.begin_step(&self.key).unwrap();
         let x = tensor(self.shape, values[self.images.clone()].to_vec());
         let pass = self.network.forward(&mut backend, x, vars, mode, self.dropout)?;
         backend.logits(&pass.head)
@@ -107,7 +107,7 @@ impl Whole {
         backend: &mut Reference<F>,
         vars: &mut Variables<Reference<F>>,
     ) -> Result<(Pass<Reference<F>>, Vec<F>, f64)> {
-        backend.begin_step(&self.key);
+        backend.begin_step(&self.key).unwrap();
         let x = tensor(self.shape, values[self.images.clone()].to_vec());
         let mut pass = self.network.forward(backend, x, vars, Mode::Train, self.dropout)?;
         let logits = backend.logits(&pass.head)?;
@@ -122,6 +122,7 @@ impl Whole {
         let dx = self.network.backward_to_images(&mut backend, pass, &mut vars)?;
         let mut grads = vars.grads;
         grads.extend_from_slice(dx.data());
+        grads.resize(self.table.len(), F::zero());
         Ok(Run { logits, loss, grads, stats: vars.stats })
     }
 

@@ -61,10 +61,11 @@ pub(crate) fn untrained(path: &Path, change: impl FnOnce(&mut Description)) -> P
     let classes = digits::open().train.classes().to_vec();
     let network = Network::new(config.network(classes.len()).expect("a network"));
     let (params, stats) = initial_values(network.layout(), 0);
-    let state = State::new(&Reference::<f32>::new(), &config, params, stats).expect("a state");
+    let state = State::new(&Reference::<f32>::new(), config.optimizer, params, stats).expect("a state");
     let folder = RunFolder::create(path, &config).expect("a new folder");
     let position = Position::default();
-    let mut description = Description { format_version: FORMAT_VERSION, config, classes, position };
+    let (format_version, loss_scale) = (FORMAT_VERSION, None);
+    let mut description = Description { format_version, config, classes, position, loss_scale };
     change(&mut description);
     let file = folder.file(CHECKPOINT);
     checkpoint::write(&file, &Reference::<f32>::new(), network.layout(), &state, &description)

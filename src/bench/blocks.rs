@@ -3,7 +3,7 @@
 use super::Bench;
 use super::floor::{Ceiling, block_backward, block_forward};
 use super::timing::{Clock, Milliseconds, alternate};
-use crate::backend::{Backend, Mode, StepKey};
+use crate::backend::{Backend, Mode, StepKey, Variables};
 use crate::model::{Architecture, block_count};
 use crate::nn::{BatchNormSpec, Block, BlockKind, BlockSpec, Layout, NetworkSpec};
 use crate::tensor::{Dtype, Padding, Shape};
@@ -195,13 +195,17 @@ pub fn measure<B: Backend, C: Clock>(
     let norm = BatchNormSpec { epsilon: 1e-3, momentum: 0.01, variance: Default::default() };
     let mut layout = Layout::default();
     let block = Block::new("block", 0, &spec, Padding::Symmetric, &norm, &mut layout);
-    let mut vars = bench.variables(&layout)?;
     let out = shape.output_side();
-    let inputs = bench.inputs(Shape::new(batch, shape.side, shape.side, shape.inputs), 1)?;
-    let gradients = bench.inputs(Shape::new(batch, out, out, shape.outputs), 2)?;
+    let x = Shape::new(batch, shape.side, shape.side, shape.inputs);
+    let gradient = Shape::new(batch, out, out, shape.outputs);
+    let counts = [x, gradient].map(|shape| bench.rotation(shape));
+    bench.backend.prepare(|rehearsal| rehearse(rehearsal, &block, &layout, [x, gradient], counts))?;
+    let mut vars = bench.variables(&layout)?;
+    let inputs = bench.inputs(x, 1)?;
+    let gradients = bench.inputs(gradient, 2)?;
     let images = (0..batch as u32).collect();
     let Bench { backend, clock, effort, .. } = bench;
-    backend.begin_step(&StepKey { seed: 0, epoch: 0, images });
+    backend.begin_step(&StepKey { seed: 0, epoch: 0, images })?;
     let mut turn = 0;
     let [forward, both] = alternate(*clock, *effort, |part| {
         let (x, gradient) = (&inputs[turn % inputs.len()], &gradients[turn % gradients.len()]);
@@ -235,6 +239,24 @@ pub fn measure<B: Backend, C: Clock>(
         bytes_per_second: settings.count_bytes.then_some(bytes as f64 / seconds),
         of_floor: settings.ceiling.map(|ceiling| ceiling.seconds(&launches, dtype) / seconds),
     })
+}
+
+/// Goes through what is measured, for a backend that must know its memory beforehand.
+fn rehearse<B: Backend>(
+    backend: &mut B,
+    block: &Block,
+    layout: &Layout,
+    shapes: [Shape; 2],
+    counts: [usize; 2],
+) -> Result<()> {
+    let (params, stats) = (backend.zeros(layout.param_buffer())?, backend.zeros(layout.stat_buffer())?);
+    let grads = backend.zeros(layout.param_buffer())?;
+    let mut vars = Variables { params, grads, stats };
+    let tensors = |shape, count| (0..count).map(|_| backend.tensor(shape, Vec::new())).collect::<Result<_>>();
+    let inputs: Vec<B::Activation> = tensors(shapes[0], counts[0])?;
+    let gradients: Vec<B::Activation> = tensors(shapes[1], counts[1])?;
+    let (_, tape) = block.forward(backend, &inputs[0], &mut vars, Mode::Train)?;
+    block.backward(backend, &inputs[0], tape, &gradients[0], &mut vars).map(drop)
 }
 
 /// Where MBConv becomes the faster form within the shapes of one network.

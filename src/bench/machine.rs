@@ -8,14 +8,14 @@ use std::process::Command;
 /// The device that computed, and what drives it. What is unknown is left out.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Machine {
-    /// "cpu" or "cuda".
+    /// "cpu", "cuda", or "host" for a GPU's kernels on the CPU.
     pub device: String,
     /// The processor's or the GPU's name.
     pub name: String,
-    /// The driver's version, and the CUDA that it knows.
+    /// The driver's version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub driver: Option<String>,
-    /// Clocks and power as nvidia-smi states them.
+    /// Clocks of multiprocessors and memory and the power limit, as nvidia-smi states them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clocks: Option<String>,
     /// Threads of the CPU in use.
@@ -31,6 +31,25 @@ impl Machine {
         let (device, name) = ("cpu".into(), processor().unwrap_or_else(|| "unknown CPU".into()));
         Self { device, name, driver: None, clocks: None, threads: rayon::current_num_threads(), load: load() }
     }
+
+    /// GPU `ordinal`, which the driver calls `name`.
+    #[cfg(feature = "cuda")]
+    pub(super) fn gpu(name: &str, ordinal: usize) -> Self {
+        let driver = ask_nvidia_smi(ordinal, "driver_version");
+        let clocks = ask_nvidia_smi(ordinal, "clocks.sm,clocks.mem,power.limit");
+        Self { device: "cuda".into(), name: name.into(), driver, clocks, ..Self::cpu() }
+    }
+}
+
+/// What nvidia-smi says of GPU `ordinal`, words and numbers with their units; none without it.
+#[cfg(feature = "cuda")]
+fn ask_nvidia_smi(ordinal: usize, fields: &str) -> Option<String> {
+    let output = Command::new("nvidia-smi")
+        .args([&format!("--id={ordinal}"), &format!("--query-gpu={fields}"), "--format=csv,noheader"])
+        .output()
+        .ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    (output.status.success() && !text.is_empty()).then_some(text)
 }
 
 /// The CPU's name; only Linux tells it simply.

@@ -11,6 +11,8 @@
 pub mod blocks;
 pub mod floor;
 pub mod fusion;
+#[cfg(feature = "cuda")]
+mod gpu;
 pub mod machine;
 pub mod operations;
 pub mod record;
@@ -22,8 +24,55 @@ use crate::Result;
 use crate::backend::{Backend, Variables};
 use crate::model::initial_values;
 use crate::nn::Layout;
-use crate::tensor::{Real, Shape};
-use timing::{Clock, Effort};
+use crate::reference::Reference;
+use crate::tensor::{Dtype, Real, Shape};
+use machine::Machine;
+use timing::{Clock, Effort, HostClock};
+
+/// A backend that can be measured.
+pub trait Measured: Backend<Element = f32> {
+    /// Times its work.
+    type Clock: Clock;
+
+    /// Its clock.
+    fn clock(&self) -> Self::Clock;
+
+    /// What it computes on.
+    fn machine(&self) -> Machine;
+
+    /// The element type of its tensors.
+    fn dtype(&self) -> Dtype;
+
+    /// Bytes of the last cache before memory, beyond which inputs are rotated; 0 where one input will do.
+    fn cache(&self) -> usize;
+
+    /// How training passes were run so far: "graph" when they were replayed, "plain" else.
+    fn mode(&self) -> &'static str;
+}
+
+impl Measured for Reference<f32> {
+    type Clock = HostClock;
+
+    fn clock(&self) -> HostClock {
+        HostClock
+    }
+
+    fn machine(&self) -> Machine {
+        Machine::cpu()
+    }
+
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn cache(&self) -> usize {
+        0
+    }
+
+    fn mode(&self) -> &'static str {
+        "plain"
+    }
+}
 
 /// What a measurement needs: what computes, what times it, and how long to take.
 #[derive(Debug)]
@@ -50,12 +99,17 @@ impl<B: Backend, C: Clock> Bench<'_, B, C> {
         })
     }
 
-    /// As many tensors of noise as it takes that none is found in the cache when its turn comes again.
-    fn inputs(&self, shape: Shape, seed: u32) -> Result<Vec<B::Activation>> {
+    /// How many tensors of `shape` it takes that none is found in the cache when its turn comes again.
+    fn rotation(&self, shape: Shape) -> usize {
         const MOST: usize = 8;
-        let bytes = shape.elements() * size_of::<B::Element>();
-        let count = (3 * self.cache).div_ceil(bytes.max(1)).clamp(1, MOST);
-        (0..count).map(|i| self.backend.tensor(shape, noise(shape.elements(), seed + i as u32))).collect()
+        // Two bytes are the least that an element takes.
+        (3 * self.cache).div_ceil(2 * shape.elements().max(1)).clamp(1, MOST)
+    }
+
+    /// As many tensors of noise.
+    fn inputs(&self, shape: Shape, seed: u32) -> Result<Vec<B::Activation>> {
+        let tensor = |i| self.backend.tensor(shape, noise(shape.elements(), seed + i as u32));
+        (0..self.rotation(shape)).map(tensor).collect()
     }
 }
 

@@ -1,12 +1,11 @@
 //! Every operation of a training step, on every shape that the step has.
 
 use super::Bench;
-use super::step::{Settings, Stepper};
+use super::step::{Pass, Settings, Stepper};
 use super::timed::{Call, Timed};
 use super::timing::{Clock, Milliseconds};
 use crate::Result;
-use crate::backend::{Backend, Variables};
-use crate::nn::Network;
+use crate::backend::Backend;
 use crate::tensor::{Dtype, Shape};
 use serde::{Deserialize, Serialize};
 
@@ -46,12 +45,9 @@ pub fn run<B: Backend, C: Clock>(
     bench: &mut Bench<'_, B, C>,
     settings: &Settings,
 ) -> Result<Vec<OperationResult>> {
-    let network = Network::new(settings.network.clone());
-    let vars = bench.variables(network.layout())?;
-    let momentum = bench.backend.buffer(vec![B::Element::default(); network.layout().param_count()])?;
-    let (mut timed, vars, slots) = Timed::new(bench.backend, bench.clock, vars, vec![momentum]);
-    let vars: Variables<Timed<'_, B, C>> = vars;
-    let mut stepper = Stepper::with_slots(settings, vars, slots, network);
+    let Stepper { network, state, .. } = bench.stepper(settings, Pass::Training)?;
+    let (mut timed, names) = Timed::new(bench.backend, bench.clock, state);
+    let mut stepper = Stepper::new(settings, network, names);
     let mut rounds = Vec::new();
     for round in 0..=bench.effort.rounds.max(1) {
         stepper.train(&mut timed)?;
@@ -60,6 +56,7 @@ pub fn run<B: Backend, C: Clock>(
             rounds.push(calls);
         }
     }
+    timed.discard_sent();
     Ok(summarise(settings, &rounds))
 }
 
@@ -107,6 +104,7 @@ mod tests {
     use super::super::timing::{Effort, HostClock};
     use super::*;
     use crate::model::{self, Architecture};
+    use crate::nn::Network;
     use crate::reference::Reference;
 
     fn settings() -> Settings {
@@ -129,7 +127,7 @@ mod tests {
         assert_eq!(calls("conv"), convolutions);
         assert_eq!(calls("conv_backward") + 1, convolutions);
         let once =
-            ["input", "head", "cross_entropy", "head_backward", "conv_backward_weights", "update", "clear"];
+            ["input", "head", "loss_gradient", "head_backward", "conv_backward_weights", "update", "clear"];
         for operation in once {
             assert_eq!(calls(operation), 1, "{operation}");
         }
@@ -149,19 +147,17 @@ mod tests {
         let values = |timed: bool| {
             let mut backend = Reference::<f32>::new();
             let effort = Effort { rounds: 1, round_seconds: 0.0, warm_up_seconds: 0.0 };
-            let bench = Bench { backend: &mut backend, clock: &HostClock, effort, cache: 0 };
-            let network = Network::new(settings.network.clone());
-            let vars = bench.variables(network.layout()).unwrap();
-            let slots = vec![vec![0.0; network.layout().param_count()]];
+            let mut bench = Bench { backend: &mut backend, clock: &HostClock, effort, cache: 0 };
+            let mut stepper = bench.stepper(&settings, Pass::Training).unwrap();
             if !timed {
-                let mut stepper = Stepper::with_slots(&settings, vars, slots, network);
                 stepper.train(bench.backend).unwrap();
-                return stepper.vars.params;
+                return stepper.state.vars.params;
             }
-            let (mut timed, names, slots) = Timed::new(bench.backend, &HostClock, vars, slots);
-            let mut stepper = Stepper::with_slots(&settings, names, slots, network);
+            let Stepper { network, state, .. } = stepper;
+            let (mut timed, names) = Timed::new(bench.backend, &HostClock, state);
+            let mut stepper = Stepper::new(&settings, network, names);
             stepper.train(&mut timed).unwrap();
-            timed.read(&stepper.vars.params).unwrap()
+            timed.read(&stepper.state.vars.params).unwrap()
         };
         assert_eq!(values(true), values(false));
     }

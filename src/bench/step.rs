@@ -4,11 +4,11 @@ use super::Bench;
 use super::floor::{Ceiling, training_step};
 use super::timing::{Clock, Milliseconds, measure};
 use crate::Result;
-use crate::backend::{Backend, Mode, Normalisation, StepKey, Variables};
+use crate::backend::{Backend, Mode, Normalisation, PassKind, State, StepKey};
 use crate::data::MixPlan;
-use crate::model::summarise;
+use crate::model::{initial_values, summarise};
 use crate::nn::{Network, NetworkSpec};
-use crate::optimizer::{Rule, Step};
+use crate::optimizer::{Rule, Scalars, Step};
 use crate::tensor::Dtype;
 use serde::{Deserialize, Serialize};
 
@@ -74,78 +74,107 @@ pub struct StepResult {
 const RULE: Rule = Rule::Sgd { momentum: 0.9, nesterov: false };
 /// Dropout before the classifier; stochastic depth is the network's own.
 const DROPOUT: f64 = 0.2;
+/// For f16: what the loss is multiplied with.
+const LOSS_SCALE: f64 = 1024.0;
 
 /// A network with all that its step needs.
 #[derive(Debug)]
 pub(super) struct Stepper<B: Backend> {
-    network: Network,
-    pub(super) vars: Variables<B>,
-    slots: Vec<B::Buffer>,
-    decayed: Vec<std::ops::Range<usize>>,
+    pub(super) network: Network,
+    pub(super) state: State<B>,
     images: Vec<u8>,
-    size: usize,
     mix: MixPlan,
     targets: Vec<f32>,
     key: StepKey,
+    kind: PassKind,
     number: u64,
+    sent: bool,
 }
 
 impl<B: Backend> Stepper<B> {
-    pub(super) fn new(
-        settings: &Settings,
-        backend: &B,
-        vars: Variables<B>,
-        network: Network,
-    ) -> Result<Self> {
-        let slots = vec![backend.buffer(vec![B::Element::default(); network.layout().param_count()])?];
-        Ok(Self::with_slots(settings, vars, slots, network))
-    }
-
-    /// With the optimizer's buffers.
-    pub(super) fn with_slots(
-        settings: &Settings,
-        vars: Variables<B>,
-        slots: Vec<B::Buffer>,
-        network: Network,
-    ) -> Self {
+    pub(super) fn new(settings: &Settings, network: Network, state: State<B>) -> Self {
         let &Settings { size, batch, .. } = settings;
         let classes = network.spec().classes;
         let mut targets = vec![0.0; batch * classes];
         (0..batch).for_each(|image| targets[image * classes + image * 7 % classes] = 1.0);
         let byte = |i: usize| (i as u32).wrapping_mul(0x9e37_79b9).to_le_bytes()[3];
         Self {
-            decayed: network.layout().decayed(),
             images: (0..batch * size * size * 3).map(byte).collect(),
             mix: MixPlan::none(batch),
             key: StepKey { seed: 1, epoch: 0, images: (0..batch as u32).collect() },
+            kind: PassKind { images: batch, side: size, dropout: DROPOUT, first: true, last: true },
             number: 0,
+            sent: false,
             network,
-            vars,
-            slots,
-            size,
+            state,
             targets,
         }
     }
 
-    /// Forward, loss, backward, update; the gradients are cleared for the next.
+    /// Makes room for a training step or an inference.
+    pub(super) fn prepare(&self, backend: &mut B, pass: Pass) -> Result<()> {
+        backend.prepare(|rehearsal| rehearse(rehearsal, &self.network, self.kind, pass))
+    }
+
+    /// What either takes on the device, where that is counted: passes and flat buffers.
+    fn memory(&self, backend: &B, pass: Pass) -> Result<Option<u64>> {
+        let memory = backend.memory(|rehearsal| rehearse(rehearsal, &self.network, self.kind, pass))?;
+        Ok(memory.map(|memory| (memory.needed + memory.buffers) as u64))
+    }
+
+    /// The images of a pass; the next ones go on their way while this one is computed.
+    fn images(&mut self, backend: &mut B) -> Result<()> {
+        if !self.sent {
+            backend.send(&self.images, self.kind.side)?;
+            self.sent = true;
+        }
+        backend.begin_pass(&Normalisation::HALF, &self.mix)
+    }
+
+    /// Forward, loss, backward, update; nothing is read back.
     pub(super) fn train(&mut self, backend: &mut B) -> Result<()> {
-        let Self { network, vars, .. } = self;
         self.key.epoch = self.number as u32;
-        backend.begin_step(&self.key);
-        let x = backend.input(&self.images, self.size, &Normalisation::HALF, &self.mix)?;
-        let mut pass = network.forward(backend, x, vars, Mode::Train, DROPOUT)?;
-        backend.cross_entropy(&mut pass.head, &self.targets)?;
-        network.backward(backend, pass, vars)?;
+        let loss_scale = if backend.scales_loss() { LOSS_SCALE } else { 1.0 };
+        backend.set_loss_scale(loss_scale);
+        backend.begin_step(&self.key)?;
+        self.images(backend)?;
+        backend.set_targets(&self.targets)?;
         let step = Step { number: self.number, learning_rate: 1e-4, weight_decay: 1e-5, gradient_scale: 1.0 };
-        backend.update(RULE, &step, &self.decayed, vars, &mut self.slots)?;
+        let scalars = Scalars { loss_scale, ..Scalars::plain(step) };
+        let (network, kind) = (&self.network, self.kind);
+        let layout = network.layout();
+        backend.begin_update(RULE, &scalars, layout.param_buffer(), &layout.decayed())?;
+        backend
+            .perform(kind, &mut self.state, |backend, state| network.training_pass(backend, kind, state))?;
         self.number += 1;
-        backend.clear(&mut vars.grads)
+        backend.send(&self.images, kind.side)
     }
 
     /// Logits of the images.
     pub(super) fn infer(&mut self, backend: &mut B) -> Result<()> {
-        let x = backend.input(&self.images, self.size, &Normalisation::HALF, &self.mix)?;
-        self.network.forward(backend, x, &mut self.vars, Mode::Eval, 0.0).map(drop)
+        self.images(backend)?;
+        let x = backend.input()?;
+        self.network.forward(backend, x, &mut self.state.vars, Mode::Eval, 0.0)?;
+        backend.send(&self.images, self.kind.side)
+    }
+}
+
+fn rehearse<B: Backend>(backend: &mut B, network: &Network, kind: PassKind, pass: Pass) -> Result<()> {
+    match pass {
+        Pass::Training => network.rehearse_training(backend, kind, RULE),
+        Pass::Inference => network.rehearse_evaluation(backend, kind.images, kind.side),
+    }
+}
+
+impl<B: Backend, C> Bench<'_, B, C> {
+    /// A network with initial weights, and room for its passes.
+    pub(super) fn stepper(&mut self, settings: &Settings, pass: Pass) -> Result<Stepper<B>> {
+        let network = Network::new(settings.network.clone());
+        let (params, stats) = initial_values(network.layout(), 0);
+        let state = State::new(self.backend, RULE, params, stats)?;
+        let stepper = Stepper::new(settings, network, state);
+        stepper.prepare(self.backend, pass)?;
+        Ok(stepper)
     }
 }
 
@@ -158,14 +187,14 @@ pub fn run<B: Backend, C: Clock>(
     settings: &Settings,
     pass: Pass,
 ) -> Result<StepResult> {
-    let network = Network::new(settings.network.clone());
-    let vars = bench.variables(network.layout())?;
-    let mut stepper = Stepper::new(settings, bench.backend, vars, network)?;
+    let mut stepper = bench.stepper(settings, pass)?;
     let Bench { backend, clock, effort, .. } = bench;
     let time = measure(*clock, *effort, || match pass {
         Pass::Training => stepper.train(*backend),
         Pass::Inference => stepper.infer(*backend),
-    })?;
+    });
+    backend.discard_sent();
+    let time = time?;
     let &Settings { size, batch, dtype, ref network, ceiling } = settings;
     let total = summarise(network, size).total;
     let floor = |ceiling: Ceiling| ceiling.seconds(&training_step(network, size, batch, dtype), dtype);
@@ -182,7 +211,7 @@ pub fn run<B: Backend, C: Clock>(
         images_per_second: batch as f64 / (time.median / 1e3),
         parameters: total.parameters,
         macs: total.macs,
-        peak_bytes: None,
+        peak_bytes: stepper.memory(backend, pass)?,
         of_floor: ceiling.filter(|_| pass == Pass::Training).map(floor).map(of_floor),
     })
 }
@@ -216,13 +245,16 @@ mod tests {
         let settings = Settings { network, size: 32, batch: 2, dtype: Dtype::F32, ceiling: None };
         let mut backend = Reference::<f32>::new();
         let effort = Effort { rounds: 1, round_seconds: 0.0, warm_up_seconds: 0.0 };
-        let bench = Bench { backend: &mut backend, clock: &HostClock, effort, cache: 0 };
-        let network = Network::new(settings.network.clone());
-        let vars = bench.variables(network.layout()).unwrap();
-        let before = vars.params.clone();
-        let mut stepper = Stepper::new(&settings, bench.backend, vars, network).unwrap();
-        stepper.train(bench.backend).unwrap();
-        assert_ne!(stepper.vars.params, before);
-        assert!(stepper.vars.grads.iter().all(|&g| g == 0.0), "cleared for the next step");
+        let mut bench = Bench { backend: &mut backend, clock: &HostClock, effort, cache: 0 };
+        let mut stepper = bench.stepper(&settings, Pass::Training).unwrap();
+        let before = stepper.state.vars.params.clone();
+        let losses: Vec<f64> = (0..20)
+            .map(|_| {
+                stepper.train(bench.backend).unwrap();
+                bench.backend.loss().unwrap()
+            })
+            .collect();
+        assert_ne!(stepper.state.vars.params, before);
+        assert!(losses[19] < losses[0], "{losses:?}");
     }
 }

@@ -3,11 +3,11 @@
 
 use super::timing::Clock;
 use crate::backend::{
-    Activation, Backend, Classifier, ConvNorm, DropPath, Gradient, Load, Mode, Normalisation, Raw,
-    SqueezeExcite, StepKey, Variables,
+    Activation, Backend, Classifier, ConvNorm, DropPath, Gradient, Load, Memory, Mode, Normalisation, Raw,
+    SqueezeExcite, State, StepKey, Variables,
 };
 use crate::data::MixPlan;
-use crate::optimizer::{Rule, Step};
+use crate::optimizer::{Rule, Scalars};
 use crate::tensor::{ConvKind, Shape};
 use crate::{Error, Result};
 use std::fmt::{self, Debug, Formatter};
@@ -47,13 +47,14 @@ impl<B: Backend> Debug for Held<B> {
     }
 }
 
-/// A buffer of the backend within; that one's [`Variables`] are one value, so they are kept in [`Timed`].
+/// A buffer of the backend within; that one's [`State`] is one value, so it is kept in [`Timed`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Name {
     Params,
     Grads,
     Stats,
-    Other(usize),
+    /// Of the averages or the optimizer, which only the update knows.
+    Other,
 }
 
 /// Times every operation of the backend within.
@@ -61,22 +62,20 @@ pub(super) enum Name {
 pub(super) struct Timed<'a, B: Backend, C: Clock> {
     inner: &'a mut B,
     clock: &'a C,
-    vars: Variables<B>,
-    others: Vec<B::Buffer>,
+    state: State<B>,
     calls: Vec<(Call, C::Mark, C::Mark)>,
 }
 
 impl<'a, B: Backend, C: Clock> Timed<'a, B, C> {
-    /// Around `inner`, whose variables are `vars` and whose optimizer's are `others`.
-    pub(super) fn new(
-        inner: &'a mut B,
-        clock: &'a C,
-        vars: Variables<B>,
-        others: Vec<B::Buffer>,
-    ) -> (Self, Variables<Self>, Vec<Name>) {
-        let names = (0..others.len()).map(Name::Other).collect();
-        let own = Variables { params: Name::Params, grads: Name::Grads, stats: Name::Stats };
-        (Self { inner, clock, vars, others, calls: Vec::new() }, own, names)
+    /// Around `inner`, whose state is `state`; gives also the names of what is in there.
+    pub(super) fn new(inner: &'a mut B, clock: &'a C, state: State<B>) -> (Self, State<Self>) {
+        let variables = |params, grads, stats| Variables { params, grads, stats };
+        let names = State {
+            vars: variables(Name::Params, Name::Grads, Name::Stats),
+            average: variables(Name::Other, Name::Other, Name::Other),
+            slots: vec![Name::Other; state.slots.len()],
+        };
+        (Self { inner, clock, state, calls: Vec::new() }, names)
     }
 
     /// The calls since the last time, in order, with their seconds.
@@ -86,22 +85,18 @@ impl<'a, B: Backend, C: Clock> Timed<'a, B, C> {
         self.calls.drain(..).map(timed).collect()
     }
 
-    fn buffer_of(&self, name: Name) -> &B::Buffer {
+    fn buffer_of(&self, name: Name) -> Result<&B::Buffer> {
         match name {
-            Name::Params => &self.vars.params,
-            Name::Grads => &self.vars.grads,
-            Name::Stats => &self.vars.stats,
-            Name::Other(index) => &self.others[index],
+            Name::Params => Ok(&self.state.vars.params),
+            Name::Grads => Ok(&self.state.vars.grads),
+            Name::Stats => Ok(&self.state.vars.stats),
+            Name::Other => Err(unknown()),
         }
     }
 
-    fn time<T>(
-        &mut self,
-        call: Call,
-        work: impl FnOnce(&mut B, &mut Variables<B>, &mut Vec<B::Buffer>) -> Result<T>,
-    ) -> Result<T> {
+    fn time<T>(&mut self, call: Call, work: impl FnOnce(&mut B, &mut State<B>) -> Result<T>) -> Result<T> {
         let from = self.clock.mark()?;
-        let done = work(self.inner, &mut self.vars, &mut self.others)?;
+        let done = work(self.inner, &mut self.state)?;
         self.calls.push((call, from, self.clock.mark()?));
         Ok(done)
     }
@@ -137,6 +132,11 @@ impl<'a, B: Backend, C: Clock> Timed<'a, B, C> {
     fn flat(operation: &'static str) -> Call {
         Call { operation, layer: "all".into(), input: Shape::new(1, 1, 1, 1), operations: 0 }
     }
+}
+
+fn unknown() -> Error {
+    let problem = "only weights, gradients and statistics are known to a timed backend".into();
+    Error::Shape { operation: "timed buffer", problem }
 }
 
 fn raw<'b, B: Backend, C: Clock>(raw: &'b Raw<Timed<'_, B, C>>) -> &'b Raw<B> {
@@ -179,14 +179,14 @@ impl<B: Backend, C: Clock> Backend for Timed<'_, B, C> {
     type Gate = B::Gate;
     type Owed = B::Owed;
     type Head = B::Head;
+    type Rehearsal = B::Rehearsal;
 
     fn buffer(&self, _: Vec<B::Element>) -> Result<Name> {
-        let problem = "buffers are made before the operations are timed".into();
-        Err(Error::Shape { operation: "timed buffer", problem })
+        Err(unknown())
     }
 
     fn read(&self, buffer: &Name) -> Result<Vec<B::Element>> {
-        self.inner.read(self.buffer_of(*buffer))
+        self.inner.read(self.buffer_of(*buffer)?)
     }
 
     fn tensor(&self, shape: Shape, values: Vec<B::Element>) -> Result<Held<B>> {
@@ -201,20 +201,59 @@ impl<B: Backend, C: Clock> Backend for Timed<'_, B, C> {
         self.inner.shape(x.get())
     }
 
-    fn input(
-        &mut self,
-        images: &[u8],
-        side: usize,
-        normalisation: &Normalisation,
-        mix: &MixPlan,
-    ) -> Result<Held<B>> {
-        let input = Shape::new(images.len() / (side * side * 3).max(1), side, side, 3);
-        let call = Call { operation: "input", layer: "normalise, mix".into(), input, operations: 0 };
-        self.time(call, |inner, _, _| inner.input(images, side, normalisation, mix)).map(Held::Own)
+    fn prepare(&mut self, rehearse: impl FnMut(&mut B::Rehearsal) -> Result<()>) -> Result<()> {
+        self.inner.prepare(rehearse)
     }
 
-    fn begin_step(&mut self, key: &StepKey) {
-        self.inner.begin_step(key);
+    fn memory(&self, rehearse: impl FnMut(&mut B::Rehearsal) -> Result<()>) -> Result<Option<Memory>> {
+        self.inner.memory(rehearse)
+    }
+
+    fn send(&mut self, images: &[u8], side: usize) -> Result<()> {
+        self.inner.send(images, side)
+    }
+
+    fn discard_sent(&mut self) {
+        self.inner.discard_sent();
+    }
+
+    fn begin_pass(&mut self, normalisation: &Normalisation, mix: &MixPlan) -> Result<()> {
+        self.inner.begin_pass(normalisation, mix)
+    }
+
+    fn set_targets(&mut self, targets: &[f32]) -> Result<()> {
+        self.inner.set_targets(targets)
+    }
+
+    fn begin_step(&mut self, key: &StepKey) -> Result<()> {
+        self.inner.begin_step(key)
+    }
+
+    fn scales_loss(&self) -> bool {
+        self.inner.scales_loss()
+    }
+
+    fn set_loss_scale(&mut self, scale: f64) {
+        self.inner.set_loss_scale(scale);
+    }
+
+    fn begin_update(
+        &mut self,
+        rule: Rule,
+        scalars: &Scalars,
+        parameters: usize,
+        kernels: &[Range<usize>],
+    ) -> Result<()> {
+        self.inner.begin_update(rule, scalars, parameters, kernels)
+    }
+
+    fn input(&mut self) -> Result<Held<B>> {
+        let from = self.clock.mark()?;
+        let x = self.inner.input()?;
+        let input = self.inner.shape(&x);
+        let call = Call { operation: "input", layer: "normalise, mix".into(), input, operations: 0 };
+        self.calls.push((call, from, self.clock.mark()?));
+        Ok(Held::Own(x))
     }
 
     fn conv_norm(
@@ -230,17 +269,17 @@ impl<B: Backend, C: Clock> Backend for Timed<'_, B, C> {
             Load::Gated(y, gate) => (Load::Gated(raw(y), gate), self.shape(&y.y), ", gated"),
         };
         let call = self.convolution("conv", layer, shape, reads, 1);
-        self.time(call, |inner, vars, _| inner.conv_norm(layer, load, vars, mode)).map(wrap)
+        self.time(call, |inner, state| inner.conv_norm(layer, load, &mut state.vars, mode)).map(wrap)
     }
 
     fn squeeze_excite(
         &mut self,
         layer: &SqueezeExcite,
         x: &Raw<Self>,
-        _: &Variables<Self>,
+        _: &mut Variables<Self>,
     ) -> Result<B::Gate> {
         let call = self.on("squeeze_excite", &x.y, squeeze(layer));
-        self.time(call, |inner, vars, _| inner.squeeze_excite(layer, raw(x), vars))
+        self.time(call, |inner, state| inner.squeeze_excite(layer, raw(x), &mut state.vars))
     }
 
     fn merge(
@@ -252,7 +291,7 @@ impl<B: Backend, C: Clock> Backend for Timed<'_, B, C> {
     ) -> Result<Held<B>> {
         let call = self.on("merge", &branch.y, words(act, skip.is_some(), drop));
         let skip = skip.map(Held::get);
-        self.time(call, |inner, _, _| inner.merge(raw(branch), act, skip, drop)).map(Held::Own)
+        self.time(call, |inner, _| inner.merge(raw(branch), act, skip, drop)).map(Held::Own)
     }
 
     fn head(
@@ -260,18 +299,22 @@ impl<B: Backend, C: Clock> Backend for Timed<'_, B, C> {
         layer: &Classifier,
         x: &Raw<Self>,
         dropout: f64,
-        _: &Variables<Self>,
+        _: &mut Variables<Self>,
     ) -> Result<B::Head> {
         let call = self.on("head", &x.y, dense(layer));
-        self.time(call, |inner, vars, _| inner.head(layer, raw(x), dropout, vars))
+        self.time(call, |inner, state| inner.head(layer, raw(x), dropout, &mut state.vars))
     }
 
     fn logits(&self, head: &B::Head) -> Result<Vec<B::Element>> {
         self.inner.logits(head)
     }
 
-    fn cross_entropy(&mut self, head: &mut B::Head, targets: &[f32]) -> Result<f64> {
-        self.time(Self::flat("cross_entropy"), |inner, _, _| inner.cross_entropy(head, targets))
+    fn loss_gradient(&mut self, head: &mut B::Head) -> Result<()> {
+        self.time(Self::flat("loss_gradient"), |inner, _| inner.loss_gradient(head))
+    }
+
+    fn loss(&mut self) -> Result<f64> {
+        self.inner.loss()
     }
 
     fn head_backward(
@@ -282,8 +325,8 @@ impl<B: Backend, C: Clock> Backend for Timed<'_, B, C> {
         _: &mut Variables<Self>,
     ) -> Result<(Held<B>, B::Owed)> {
         let call = self.on("head_backward", &x.1.y, dense(layer));
-        let work = |inner: &mut B, vars: &mut Variables<B>, _: &mut Vec<B::Buffer>| {
-            inner.head_backward(layer, (x.0, raw(x.1)), head, vars)
+        let work = |inner: &mut B, state: &mut State<B>| {
+            inner.head_backward(layer, (x.0, raw(x.1)), head, &mut state.vars)
         };
         self.time(call, work).map(|(dz, owed)| (Held::Own(dz), owed))
     }
@@ -297,8 +340,8 @@ impl<B: Backend, C: Clock> Backend for Timed<'_, B, C> {
         _: &mut Variables<Self>,
     ) -> Result<(Option<Held<B>>, B::Owed)> {
         let call = self.on("merge_backward", grad, words(act, false, drop));
-        let work = |inner: &mut B, vars: &mut Variables<B>, _: &mut Vec<B::Buffer>| {
-            inner.merge_backward((branch.0, raw(branch.1)), act, drop, grad.get(), vars)
+        let work = |inner: &mut B, state: &mut State<B>| {
+            inner.merge_backward((branch.0, raw(branch.1)), act, drop, grad.get(), &mut state.vars)
         };
         self.time(call, work).map(|(dz, owed)| (dz.map(Held::Own), owed))
     }
@@ -314,7 +357,8 @@ impl<B: Backend, C: Clock> Backend for Timed<'_, B, C> {
         let reads = if skip.is_some() { ", skip" } else { "" };
         let call = self.convolution("conv_backward", layer, self.shape(x), reads, 2);
         let (grad, skip) = (gradient(&grad), skip.map(Held::get));
-        self.time(call, |inner, vars, _| inner.conv_backward(layer, x.get(), grad, skip, vars)).map(Held::Own)
+        self.time(call, |inner, state| inner.conv_backward(layer, x.get(), grad, skip, &mut state.vars))
+            .map(Held::Own)
     }
 
     fn conv_backward_weights(
@@ -326,7 +370,7 @@ impl<B: Backend, C: Clock> Backend for Timed<'_, B, C> {
     ) -> Result<()> {
         let call = self.convolution("conv_backward_weights", layer, self.shape(x), "", 1);
         let grad = gradient(&grad);
-        self.time(call, |inner, vars, _| inner.conv_backward_weights(layer, x.get(), grad, vars))
+        self.time(call, |inner, state| inner.conv_backward_weights(layer, x.get(), grad, &mut state.vars))
     }
 
     fn conv_backward_silu(
@@ -339,8 +383,8 @@ impl<B: Backend, C: Clock> Backend for Timed<'_, B, C> {
         let shape = self.shape(&producer.1.y);
         let call = self.convolution("conv_backward", layer, shape, ", silu", 2);
         let (producer, grad) = ((producer.0, raw(producer.1)), gradient(&grad));
-        let work = |inner: &mut B, vars: &mut Variables<B>, _: &mut Vec<B::Buffer>| {
-            inner.conv_backward_silu(layer, producer, grad, vars)
+        let work = |inner: &mut B, state: &mut State<B>| {
+            inner.conv_backward_silu(layer, producer, grad, &mut state.vars)
         };
         self.time(call, work).map(|(dz, owed)| (Held::Own(dz), owed))
     }
@@ -356,63 +400,37 @@ impl<B: Backend, C: Clock> Backend for Timed<'_, B, C> {
         let shape = self.shape(&producer.1.y);
         let call = self.convolution("conv_backward", layer, shape, ", gated", 2);
         let (producer, grad) = ((producer.0, raw(producer.1)), gradient(&grad));
-        let work = |inner: &mut B, vars: &mut Variables<B>, _: &mut Vec<B::Buffer>| {
-            inner.conv_backward_gated(layer, producer, gate, grad, vars)
+        let work = |inner: &mut B, state: &mut State<B>| {
+            inner.conv_backward_gated(layer, producer, gate, grad, &mut state.vars)
         };
         self.time(call, work).map(|(dz, owed)| (Held::Own(dz), owed))
     }
 
     fn clear(&mut self, buffer: &mut Name) -> Result<()> {
         let name = *buffer;
-        self.time(Self::flat("clear"), |inner, vars, others| {
-            inner.clear(match name {
-                Name::Params => &mut vars.params,
-                Name::Grads => &mut vars.grads,
-                Name::Stats => &mut vars.stats,
-                Name::Other(index) => &mut others[index],
-            })
+        self.time(Self::flat("clear"), |inner, state| match name {
+            Name::Params => inner.clear(&mut state.vars.params),
+            Name::Grads => inner.clear(&mut state.vars.grads),
+            Name::Stats => inner.clear(&mut state.vars.stats),
+            Name::Other => Err(unknown()),
         })
     }
 
     fn norm(&mut self, buffer: &Name) -> Result<f64> {
         let name = *buffer;
-        self.time(Self::flat("norm"), |inner, vars, others| {
-            inner.norm(match name {
-                Name::Params => &vars.params,
-                Name::Grads => &vars.grads,
-                Name::Stats => &vars.stats,
-                Name::Other(index) => &others[index],
-            })
+        self.time(Self::flat("norm"), |inner, state| match name {
+            Name::Params => inner.norm(&state.vars.params),
+            Name::Grads => inner.norm(&state.vars.grads),
+            Name::Stats => inner.norm(&state.vars.stats),
+            Name::Other => Err(unknown()),
         })
     }
 
-    /// All of the optimizer's buffers, whichever are named.
-    fn update(
-        &mut self,
-        rule: Rule,
-        step: &Step,
-        kernels: &[Range<usize>],
-        _: &mut Variables<Self>,
-        _: &mut [Name],
-    ) -> Result<()> {
-        self.time(Self::flat("update"), |inner, vars, others| inner.update(rule, step, kernels, vars, others))
+    fn update(&mut self, _: &mut State<Self>) -> Result<()> {
+        self.time(Self::flat("update"), |inner, state| inner.update(state))
     }
 
-    fn update_average(&mut self, average: &mut Name, values: &Name, decay: f64) -> Result<()> {
-        let (Name::Other(index), values) = (*average, *values) else {
-            let problem = "an average is none of the variables".into();
-            return Err(Error::Shape { operation: "timed average", problem });
-        };
-        self.time(Self::flat("update_average"), |inner, vars, others| {
-            let values = match values {
-                Name::Params => &vars.params,
-                Name::Stats => &vars.stats,
-                _ => {
-                    let problem = "an average is of parameters or statistics".into();
-                    return Err(Error::Shape { operation: "timed average", problem });
-                }
-            };
-            inner.update_average(&mut others[index], values, decay)
-        })
+    fn gradient_norm(&mut self) -> Result<f64> {
+        self.inner.gradient_norm()
     }
 }

@@ -234,7 +234,7 @@ template <class T> struct ConvGradientEpilogue {
         Extra extra{};
         extra.offset = ((image * height + row) * width + at) * inputs + column;
         extra.inside = pixel < own.pixels && column < inputs;
-        if (skip && extra.inside) extra.skip = load_pack(skip + extra.offset);
+        if (skip && extra.inside) extra.skip = load_pack8(skip + extra.offset);
         return extra;
     }
     __device__ __forceinline__ void store(unsigned, unsigned, float (&x)[8], const Extra& extra) {

@@ -11,7 +11,7 @@
 use crate::Result;
 use crate::data::MixPlan;
 use crate::optimizer::{Rule, Scalars};
-use crate::tensor::{Conv, Real, Shape};
+use crate::tensor::{Conv, Dtype, Real, Shape};
 use std::fmt::Debug;
 use std::ops::Range;
 
@@ -385,9 +385,9 @@ pub trait Backend: Sized {
     /// What the device says.
     fn begin_step(&mut self, key: &StepKey) -> Result<()>;
 
-    /// Whether activations and their gradients are of a type whose range is so narrow that the loss must be scaled (f16).
-    fn scales_loss(&self) -> bool {
-        false
+    /// The type of activations, as far as a device knows it. In f16 the loss must be scaled.
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
     }
 
     /// Sets what the loss is multiplied with before its gradient is taken, until the next call; 1 at first. With a power

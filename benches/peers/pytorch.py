@@ -8,7 +8,8 @@
 
 step    a training step (forward, cross entropy, backward, SGD with momentum) and an inference of a timm model
 blocks  every distinct block shape, as Fused-MBConv and as MBConv, forward and backward
-ops     the bare convolutions of the network, forward and backward: cuDNN's on a GPU, without batch norm and activation
+ops     the bare convolutions of the network, forward and backward, without batch norm and activation: cuDNN's on a GPU,
+        and cuBLAS's matrix products for the pointwise ones
 
 Modes, each in a process of its own, so that one that fails loses no other:
     eager-inplace  as timm has it: SiLU in place, for which autograd keeps a copy
@@ -398,42 +399,74 @@ def layers(model, size):
 
 
 def ops(context):
-    """The bare convolutions. A backward is that of input and weights; of weights alone in the first layer."""
+    """The bare convolutions, and pointwise ones as matrix products too (mode `matmul`). A backward is that of input and
+    weights; of weights alone in the first layer."""
     torch, args = context.torch, context.args
-    backward_of = torch.ops.aten.convolution_backward.default
     results = []
     for inputs, outputs, kernel, stride, groups, side in layers(args.model, args.size):
         shape = (args.batch, inputs, side, side)
         count = context.sets(math.prod(shape) * context.dtype.itemsize)
         xs = [context.random(*shape) for _ in range(count)]
         weight = context.random(outputs, inputs // groups, kernel, kernel)
-        pad = kernel // 2
-        convolve = lambda x: torch.nn.functional.conv2d(x, weight, None, stride, pad, 1, groups)
-        ys = [torch.randn_like(convolve(x)) for x in xs]
         wanted = [inputs != 3, True, False]
-        turn = [0]
-
-        def forward():
-            turn[0] += 1
-            convolve(xs[turn[0] % count])
-
-        def backward():
-            turn[0] += 1
-            i = turn[0] % count
-            backward_of(ys[i], xs[i], weight, None, [stride] * 2, [pad] * 2, [1, 1], False, [0, 0], groups, wanted)
-
+        forward, backward = convolution(torch, weight, stride, groups, wanted)
+        ys = [torch.randn_like(forward(x)) for x in xs]
+        works = {"cudnn" if context.cuda else "eager": (forward, backward)}
+        if kernel == 1:
+            works["matmul"] = matrix_product(weight)
         kind = "depthwise" if groups > 1 else "pointwise" if kernel == 1 else "dense"
         words = f"{kind} {kernel}×{kernel} {inputs}→{outputs}" + (f" /{stride}" if stride > 1 else "")
         operations = 2 * weight.numel() * math.prod(ys[0].shape[2:]) * args.batch
         names = ["conv", "conv_backward" if inputs != 3 else "conv_backward_weights"]
-        times = context.alternate(forward, backward)
-        for name, passes, rounds in zip(names, [1, sum(wanted)], times):
-            time_ = milliseconds(rounds)
-            results.append({
-                "kind": "op", "model": args.model, "size": args.size, "operation": name, "layer": words,
-                "input": [args.batch, side, side, inputs], "dtype": args.dtype, "mode": args.mode, "time": time_,
-                "operations_per_second": passes * operations / (time_["median"] / 1e3)})
+        for mode, (forward, backward) in works.items():
+            times = context.alternate(*in_turn(count, forward, backward, xs, ys))
+            for name, passes, rounds in zip(names, [1, sum(wanted)], times):
+                time_ = milliseconds(rounds)
+                results.append({
+                    "kind": "op", "model": args.model, "size": args.size, "operation": name, "layer": words,
+                    "input": [args.batch, side, side, inputs], "dtype": args.dtype, "mode": mode, "time": time_,
+                    "operations_per_second": passes * operations / (time_["median"] / 1e3)})
     return results
+
+
+def in_turn(count, forward, backward, xs, ys):
+    """The two on the next input at each call."""
+    turn = [0]
+
+    def next_():
+        turn[0] += 1
+        return turn[0] % count
+
+    return lambda: forward(xs[next_()]), lambda: (lambda i: backward(ys[i], xs[i]))(next_())
+
+
+def convolution(torch, weight, stride, groups, wanted):
+    pad = weight.shape[2] // 2
+    backward_of = torch.ops.aten.convolution_backward.default
+
+    def forward(x):
+        return torch.nn.functional.conv2d(x, weight, None, stride, pad, 1, groups)
+
+    def backward(y, x):
+        return backward_of(y, x, weight, None, [stride] * 2, [pad] * 2, [1, 1], False, [0, 0], groups, wanted)
+
+    return forward, backward
+
+
+def matrix_product(weight):
+    """A pointwise convolution of a channels_last tensor: pixels × channels."""
+    matrix = weight.flatten(1)
+
+    def rows(x):
+        return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+    def forward(x):
+        return rows(x) @ matrix.t()
+
+    def backward(y, x):
+        return rows(y) @ matrix, rows(y).t() @ rows(x)
+
+    return forward, backward
 
 
 WORK = {"step": step, "blocks": blocks, "ops": ops}
@@ -513,7 +546,7 @@ def words(result):
         return (f"{shape:24} {result['form']:7} {result['mode']:14} forward {result['forward']['median']:8.3f} ms  "
                 f"backward {result['backward']['median']:8.3f} ms")
     return (f"{result['operation']:22} {result['layer']:30} @{result['input'][1]:<4} "
-            f"{result['time']['median']:8.3f} ms")
+            f"{result['mode']:8} {result['time']['median']:8.3f} ms")
 
 
 def main():

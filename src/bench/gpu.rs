@@ -6,7 +6,6 @@ use super::timing::Clock;
 use crate::Result;
 use crate::device::{Device, Mark};
 use crate::kernels::fused::{Accelerated, FusedElement};
-use crate::tensor::Dtype;
 
 /// Events on the stream that computes.
 impl Clock for Device {
@@ -35,10 +34,6 @@ impl<T: FusedElement> Measured for Accelerated<T> {
             true => Machine { device: "host".into(), ..Machine::cpu() },
             false => Machine::gpu(&gpu.name, gpu.ordinal),
         }
-    }
-
-    fn dtype(&self) -> Dtype {
-        T::DTYPE
     }
 
     fn cache(&self) -> usize {

@@ -25,7 +25,7 @@ use crate::backend::{Backend, Variables};
 use crate::model::initial_values;
 use crate::nn::Layout;
 use crate::reference::Reference;
-use crate::tensor::{Dtype, Real, Shape};
+use crate::tensor::{Real, Shape};
 use machine::Machine;
 use timing::{Clock, Effort, HostClock};
 
@@ -39,9 +39,6 @@ pub trait Measured: Backend<Element = f32> {
 
     /// What it computes on.
     fn machine(&self) -> Machine;
-
-    /// The element type of its tensors.
-    fn dtype(&self) -> Dtype;
 
     /// Bytes of the last cache before memory, beyond which inputs are rotated; 0 where one input will do.
     fn cache(&self) -> usize;
@@ -59,10 +56,6 @@ impl Measured for Reference<f32> {
 
     fn machine(&self) -> Machine {
         Machine::cpu()
-    }
-
-    fn dtype(&self) -> Dtype {
-        Dtype::F32
     }
 
     fn cache(&self) -> usize {

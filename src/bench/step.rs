@@ -134,7 +134,7 @@ impl<B: Backend> Stepper<B> {
     /// Forward, loss, backward, update; nothing is read back.
     pub(super) fn train(&mut self, backend: &mut B) -> Result<()> {
         self.key.epoch = self.number as u32;
-        let loss_scale = if backend.scales_loss() { LOSS_SCALE } else { 1.0 };
+        let loss_scale = if backend.dtype() == Dtype::F16 { LOSS_SCALE } else { 1.0 };
         backend.set_loss_scale(loss_scale);
         backend.begin_step(&self.key)?;
         self.images(backend)?;

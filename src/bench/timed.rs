@@ -8,7 +8,7 @@ use crate::backend::{
 };
 use crate::data::MixPlan;
 use crate::optimizer::{Rule, Scalars};
-use crate::tensor::{ConvKind, Shape};
+use crate::tensor::{ConvKind, Dtype, Shape};
 use crate::{Error, Result};
 use std::fmt::{self, Debug, Formatter};
 use std::ops::Range;
@@ -229,8 +229,8 @@ impl<B: Backend, C: Clock> Backend for Timed<'_, B, C> {
         self.inner.begin_step(key)
     }
 
-    fn scales_loss(&self) -> bool {
-        self.inner.scales_loss()
+    fn dtype(&self) -> Dtype {
+        self.inner.dtype()
     }
 
     fn set_loss_scale(&mut self, scale: f64) {

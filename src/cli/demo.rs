@@ -1,6 +1,7 @@
 //! `demo`: the whole of it in under a minute.
 
-use super::{Threads, output::say, train};
+use super::compute::Compute;
+use super::{output::say, train};
 use crate::Result;
 use crate::train::TrainConfig;
 use crate::train::run::CURVES;
@@ -19,14 +20,14 @@ pub(super) struct Args {
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     #[command(flatten)]
-    threads: Threads,
+    compute: Compute,
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    args.threads.limit()?;
     let mut config = TrainConfig::recipe("nano", "digits")?;
     config.seed = args.seed;
-    let folder = train::start(config, args.out.as_deref(), "demo", None)?;
+    let start = train::Start::new(config, args.out.as_deref(), "demo");
+    let folder = args.compute.run(None, false, start)?;
     say!("next: look at {}, then try", folder.file(CURVES).display())?;
     say!("  effnetv2 eval {}", folder.path().display())?;
     say!("  effnetv2 train --help")

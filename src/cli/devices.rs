@@ -17,7 +17,6 @@ pub(super) fn run(args: &Args) -> crate::Result<()> {
         let problem = "this program was built without the feature `cuda`, which the host device needs";
         return Err(crate::Error::usage("--host", library.display(), problem));
     }
-    super::announce_device()?;
     super::output::say!("GPUs: none, this program was built without the feature `cuda`")
 }
 
@@ -27,7 +26,6 @@ pub(super) use gpu::run;
 #[cfg(feature = "cuda")]
 mod gpu {
     use super::Args;
-    use crate::cli::announce_device;
     use crate::cli::output::say;
     use crate::device::{Device, Gpu, Image, Kernel, embedded_images, survey, toolkit};
     use crate::kernels::FAMILIES;
@@ -36,7 +34,6 @@ mod gpu {
     use std::path::Path;
 
     pub(in crate::cli) fn run(args: &Args) -> Result<()> {
-        announce_device()?;
         say!("kernels: {}", built())?;
         let host = args.host.as_deref();
         let found = match survey(host) {

@@ -1,12 +1,15 @@
 //! `eval`: how good a checkpoint is.
 
+use super::compute::Work;
 use super::inference::{Inference, Model};
 use super::output::say;
 use super::progress::bar;
 use super::train::report_problems;
 use crate::Result;
+use crate::backend::Backend;
 use crate::data::{BadImages, Loader, LoaderConfig, Pipeline, Source, open};
 use crate::report::table::{percent, thousands};
+use crate::train::checkpoint::Checkpoint;
 use crate::train::evaluate::evaluate;
 use std::path::PathBuf;
 
@@ -32,8 +35,25 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let mut model = args.inference.model()?;
-    super::announce_device()?;
+    let (checkpoint, dtype) = args.inference.checkpoint()?;
+    args.inference.compute.run(dtype, false, Evaluation { args, checkpoint })
+}
+
+struct Evaluation<'a> {
+    args: &'a Args,
+    checkpoint: Checkpoint,
+}
+
+impl Work for Evaluation<'_> {
+    type Output = ();
+
+    fn on<B: Backend<Element = f32>>(self, backend: B) -> Result<()> {
+        let model = self.args.inference.model(self.checkpoint, backend, self.args.batch)?;
+        evaluate_all(self.args, model)
+    }
+}
+
+fn evaluate_all<B: Backend<Element = f32>>(args: &Args, mut model: Model<B>) -> Result<()> {
     let description = model.checkpoint.description.clone();
     let config = description.config;
     let bad_images = if args.strict { BadImages::Fail } else { BadImages::Skip };

@@ -1,10 +1,10 @@
 //! What `eval` and `predict` share: a checkpoint, made ready to compute.
 
-use super::Threads;
-use crate::backend::{Normalisation, Variables};
+use super::compute::Compute;
+use crate::backend::{Backend, Normalisation, Variables};
 use crate::model::Architecture;
 use crate::nn::Network;
-use crate::reference::Reference;
+use crate::tensor::Dtype;
 use crate::train::checkpoint::{Checkpoint, WeightSet};
 use crate::train::progressive::check_side;
 use crate::{Error, Result};
@@ -23,7 +23,7 @@ pub(super) struct Inference {
     #[arg(long, value_enum, default_value_t)]
     weights: Weights,
     #[command(flatten)]
-    pub(super) threads: Threads,
+    pub(super) compute: Compute,
 }
 
 /// Which weights of a checkpoint to use.
@@ -46,34 +46,45 @@ impl From<Weights> for WeightSet {
 }
 
 /// A checkpoint ready to compute.
-pub(super) struct Model {
+pub(super) struct Model<B: Backend> {
     pub(super) checkpoint: Checkpoint,
-    pub(super) backend: Reference<f32>,
+    pub(super) backend: B,
     pub(super) network: Network,
-    pub(super) vars: Variables<Reference<f32>>,
+    pub(super) vars: Variables<B>,
     pub(super) normalisation: Normalisation,
     /// Side of the images in pixels.
     pub(super) size: usize,
 }
 
 impl Inference {
-    pub(super) fn model(&self) -> Result<Model> {
+    /// The checkpoint, with the type that it was trained in.
+    pub(super) fn checkpoint(&self) -> Result<(Checkpoint, Option<Dtype>)> {
         if let Some(size) = self.size {
             check_side("--size", size)?;
         }
-        self.threads.limit()?;
         let checkpoint = Checkpoint::read(&self.checkpoint)?;
+        let dtype = checkpoint.description.dtype;
+        Ok((checkpoint, dtype))
+    }
+
+    /// The model of `checkpoint` on `backend`, for up to `images` images at a time.
+    pub(super) fn model<B: Backend>(
+        &self,
+        checkpoint: Checkpoint,
+        mut backend: B,
+        images: usize,
+    ) -> Result<Model<B>> {
         let config = &checkpoint.description.config;
         let size = self.size.unwrap_or(config.eval_size);
         let normalisation = Architecture::find(&config.model)?.normalisation;
-        let backend = Reference::<f32>::new();
         let network = checkpoint.network()?;
+        backend.prepare(|backend| network.rehearse_evaluation(backend, images, size))?;
         let vars = checkpoint.weights(&backend, &network, self.weights.into())?;
         Ok(Model { checkpoint, backend, network, vars, normalisation, size })
     }
 }
 
-impl Model {
+impl<B: Backend> Model<B> {
     /// The names of the classes, in the order of the logits.
     pub(super) fn classes(&self) -> &[String] {
         &self.checkpoint.description.classes

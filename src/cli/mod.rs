@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod compute;
 mod demo;
 mod devices;
 mod eval;
@@ -14,12 +15,11 @@ mod progress;
 mod summary;
 mod train;
 
-use crate::{Error, Result};
 use clap::{Parser, Subcommand};
-use output::{note, say};
+use output::note;
 use std::process::ExitCode;
 
-/// EfficientNetV2: train, evaluate, predict.
+/// EfficientNetV2: train, evaluate, predict, measure.
 #[derive(Debug, Parser)]
 #[command(name = "effnetv2", version, max_term_width = 110)]
 #[command(after_help = "Start here:  effnetv2 demo")]
@@ -41,25 +41,6 @@ enum Command {
     Devices(devices::Args),
 }
 
-// No doc comment: clap would take it for the description of the whole command.
-#[derive(Clone, Copy, Debug, clap::Args)]
-struct Threads {
-    /// Threads; 0 for one per processor.
-    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(..=1024))]
-    threads: u16,
-}
-
-impl Threads {
-    /// Limits the threads of the whole process.
-    fn limit(self) -> Result<()> {
-        if self.threads > 0 {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(self.threads.into());
-            pool.build_global().map_err(|e| Error::usage("--threads", self.threads, e.to_string()))?;
-        }
-        Ok(())
-    }
-}
-
 /// Runs the program with the arguments of the process.
 pub fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
@@ -79,9 +60,4 @@ pub fn main() -> ExitCode {
             ExitCode::from(error.exit_code())
         }
     }
-}
-
-/// Says what computes, as the first line of a command's output.
-fn announce_device() -> Result<()> {
-    say!("device: CPU reference, {} threads", rayon::current_num_threads())
 }

@@ -1,11 +1,13 @@
 //! `predict`: what is on a picture.
 
+use super::compute::Work;
 use super::inference::{Inference, Model};
 use super::output::{note, say};
 use crate::backend::{Backend, Mode};
 use crate::data::transform::Scratch;
 use crate::data::{MixPlan, read_image};
 use crate::report::table::percent;
+use crate::train::checkpoint::Checkpoint;
 use crate::train::evaluate::{ranking, softmax};
 use crate::{Error, Result};
 use serde::Serialize;
@@ -51,7 +53,26 @@ pub(super) fn run(args: &Args) -> Result<()> {
     if args.top == 0 {
         return Err(Error::usage("--top", 0, "must be at least 1"));
     }
-    let mut model = args.inference.model()?;
+    let (checkpoint, dtype) = args.inference.checkpoint()?;
+    // What it prints is for programs to read: nothing but predictions.
+    args.inference.compute.run(dtype, true, Predictions { args, checkpoint })
+}
+
+struct Predictions<'a> {
+    args: &'a Args,
+    checkpoint: Checkpoint,
+}
+
+impl Work for Predictions<'_> {
+    type Output = ();
+
+    fn on<B: Backend<Element = f32>>(self, backend: B) -> Result<()> {
+        let model = self.args.inference.model(self.checkpoint, backend, 1)?;
+        predict_all(self.args, model)
+    }
+}
+
+fn predict_all<B: Backend<Element = f32>>(args: &Args, mut model: Model<B>) -> Result<()> {
     let mut failed = 0;
     for path in &args.images {
         match model.classify(path, args.top) {
@@ -80,7 +101,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-impl Model {
+impl<B: Backend<Element = f32>> Model<B> {
     fn classify<'a>(&'a mut self, path: &'a Path, top: usize) -> Result<Prediction<'a>> {
         let image = read_image(path)?;
         let mut pixels = vec![0; self.size * self.size * 3];

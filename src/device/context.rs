@@ -6,7 +6,9 @@ use super::probe::{self, Gpu};
 use super::{Element, HostControl, transfer};
 use crate::{Error, Result};
 use cudarc::driver::sys::{CUevent_flags, CUmemPool_attribute};
-use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError, result};
+use cudarc::driver::{
+    CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError, result,
+};
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -10,7 +10,7 @@ use crate::backend::{Backend, Variables};
 use crate::model::weights::{self, METADATA_KEY, WeightFile, named};
 use crate::nn::{Layout, Network};
 use crate::optimizer::LossScale;
-use crate::tensor::Real;
+use crate::tensor::{Dtype, Real};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -42,6 +42,9 @@ pub struct Description {
     pub classes: Vec<String>,
     /// Where the run stands.
     pub position: Position,
+    /// The type of activations that it is computed in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<Dtype>,
     /// Where the loss scale stands, if the run is in f16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<LossScale>,

@@ -11,4 +11,4 @@ pub mod schedule;
 mod trainer;
 
 pub use config::TrainConfig;
-pub use trainer::{Observer, Silent, Trainer};
+pub use trainer::{Observer, Silent, Trainer, largest_batch};

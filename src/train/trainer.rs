@@ -13,6 +13,7 @@ use crate::model::{Architecture, initial_values, summarise};
 use crate::nn::Network;
 use crate::optimizer::{Scalars, Step, ema_decay};
 use crate::report::metrics::MetricsWriter;
+use crate::tensor::Dtype;
 use crate::{Error, Result};
 use std::path::Path;
 use std::time::Instant;
@@ -77,7 +78,8 @@ impl<B: Backend> Trainer<B> {
         }
         let state = State::new(&backend, config.optimizer, params, stats)?;
         let (format_version, position) = (FORMAT_VERSION, Position::default());
-        let description = Description { format_version, config, classes, position, loss_scale: None };
+        let description =
+            Description { format_version, config, classes, position, dtype: None, loss_scale: None };
         Self::assemble(backend, network, description, state)
     }
 
@@ -93,8 +95,9 @@ impl<B: Backend> Trainer<B> {
 
     fn assemble(backend: B, network: Network, mut description: Description, state: State<B>) -> Result<Self> {
         let normalisation = Architecture::find(&description.config.model)?.normalisation;
+        description.dtype = Some(backend.dtype());
         description.loss_scale =
-            backend.scales_loss().then(|| description.loss_scale.take().unwrap_or_default());
+            (backend.dtype() == Dtype::F16).then(|| description.loss_scale.take().unwrap_or_default());
         Ok(Self { backend, network, normalisation, description, state })
     }
 

@@ -64,8 +64,8 @@ pub(crate) fn untrained(path: &Path, change: impl FnOnce(&mut Description)) -> P
     let state = State::new(&Reference::<f32>::new(), config.optimizer, params, stats).expect("a state");
     let folder = RunFolder::create(path, &config).expect("a new folder");
     let position = Position::default();
-    let (format_version, loss_scale) = (FORMAT_VERSION, None);
-    let mut description = Description { format_version, config, classes, position, loss_scale };
+    let (format_version, dtype, loss_scale) = (FORMAT_VERSION, None, None);
+    let mut description = Description { format_version, config, classes, position, dtype, loss_scale };
     change(&mut description);
     let file = folder.file(CHECKPOINT);
     checkpoint::write(&file, &Reference::<f32>::new(), network.layout(), &state, &description)

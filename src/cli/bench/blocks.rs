@@ -2,10 +2,8 @@
 
 use super::{Common, Job, Site, milliseconds, rate, table};
 use crate::Result;
-use crate::backend::Backend;
-use crate::bench::Bench;
 use crate::bench::blocks::{BlockResult, BlockShape, Place, Settings, crossovers, measure, shapes_of};
-use crate::bench::timing::Clock;
+use crate::bench::{Bench, Measured};
 use crate::cli::output::say;
 use crate::cli::progress::bar;
 use crate::nn::BlockKind;
@@ -51,7 +49,7 @@ impl Job for Args {
         self.places(self.size).map(drop)
     }
 
-    fn run<B: Backend, C: Clock>(&self, bench: &mut Bench<'_, B, C>, site: &Site) -> Result<()> {
+    fn run<B: Measured>(&self, bench: &mut Bench<'_, B, B::Clock>, site: &Site) -> Result<()> {
         let size = self.size.or((!site.on_gpu).then_some(96));
         let places = self.places(size)?;
         let batch = self.common.batch(if site.on_gpu { 128 } else { 1 });

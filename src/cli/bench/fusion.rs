@@ -2,11 +2,9 @@
 
 use super::{Common, Job, Site, milliseconds, rate, spread, table};
 use crate::Result;
-use crate::backend::Backend;
-use crate::bench::Bench;
 use crate::bench::fusion::{FusedKernel, FusionResult, PUBLISHED, fuse, rows, run};
 use crate::bench::step::Settings;
-use crate::bench::timing::Clock;
+use crate::bench::{Bench, Measured};
 use crate::cli::output::say;
 use crate::cli::progress::bar;
 use crate::model::Architecture;
@@ -50,7 +48,7 @@ impl Job for Args {
         self.size.map_or(Ok(()), |size| check_side("--size", size))
     }
 
-    fn run<B: Backend, C: Clock>(&self, bench: &mut Bench<'_, B, C>, site: &Site) -> Result<()> {
+    fn run<B: Measured>(&self, bench: &mut Bench<'_, B, B::Clock>, site: &Site) -> Result<()> {
         let architecture = Architecture::find(&self.model)?;
         let kernel = match self.kernel {
             Kernel::Paper => FusedKernel::Paper,

@@ -5,15 +5,13 @@ mod fusion;
 mod ops;
 mod step;
 
+use super::compute::{Compute, Work};
 use super::output::say;
-use super::{Threads, announce_device};
-use crate::backend::Backend;
-use crate::bench::Bench;
 use crate::bench::floor::Ceiling;
 use crate::bench::machine::{Machine, commit};
 use crate::bench::record::Report;
-use crate::bench::timing::{Clock, Effort, HostClock, Milliseconds};
-use crate::reference::Reference;
+use crate::bench::timing::{Effort, Milliseconds};
+use crate::bench::{Bench, Measured};
 use crate::report::bars::Bars;
 use crate::report::table::{Column, Table};
 use crate::tensor::Dtype;
@@ -23,6 +21,7 @@ use clap::Subcommand;
 use serde::Serialize;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 /// Measure blocks, networks, training steps and operations on this machine.
 ///
@@ -70,8 +69,31 @@ struct Common {
     /// The folder for figures and chart, where files of their names are replaced [default: runs/bench-WHAT-N].
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// What this GPU reaches at best, for the share of the floor: GB/s of copies and TFLOP/s of matrix products, as 4300,790
+    /// [default: known for H200, H100 SXM, A100 80 GB, RTX 3090 and RTX 4090].
+    #[arg(long, value_name = "GB/S,TFLOP/S")]
+    ceiling: Option<Limits>,
     #[command(flatten)]
-    threads: Threads,
+    compute: Compute,
+}
+
+/// A ceiling as `--ceiling` gives it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Limits(Ceiling);
+
+impl FromStr for Limits {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = |word: &str| word.trim().parse().ok().filter(|n: &f64| n.is_finite() && *n > 0.0);
+        match text.split_once(',').map(|(bytes, operations)| (number(bytes), number(operations))) {
+            Some((Some(gigabytes), Some(teraflops))) => {
+                let rate = teraflops * 1e12;
+                Ok(Self(Ceiling { bandwidth: gigabytes * 1e9, tensor: rate, plain: rate }))
+            }
+            _ => Err("expected two positive numbers: GB/s,TFLOP/s".into()),
+        }
+    }
 }
 
 impl Common {
@@ -108,22 +130,45 @@ trait Job {
     /// Checks all flags that can be wrong, before anything is said or done.
     fn check(&self) -> Result<()>;
 
-    fn run<B: Backend, C: Clock>(&self, bench: &mut Bench<'_, B, C>, site: &Site) -> Result<()>;
+    fn run<B: Measured>(&self, bench: &mut Bench<'_, B, B::Clock>, site: &Site) -> Result<()>;
+}
+
+/// A job and all that is known of it before there is a backend.
+struct Measurement<'a, J> {
+    common: &'a Common,
+    effort: Effort,
+    name: &'static str,
+    job: &'a J,
 }
 
 fn measure(common: &Common, name: &'static str, job: &impl Job) -> Result<()> {
     let effort = common.effort()?;
     job.check()?;
-    common.threads.limit()?;
-    announce_device()?;
-    let machine = Machine::cpu();
-    say!("{}; effnetv2 {} ({})", machine.name, env!("CARGO_PKG_VERSION"), commit())?;
-    let folder = common.out.clone();
-    let folder = folder.unwrap_or_else(|| RunFolder::free(Path::new("runs"), &format!("bench-{name}")));
-    fs::create_dir_all(&folder).map_err(Error::io(&folder, "create"))?;
-    let site = Site { machine, dtype: Dtype::F32, on_gpu: false, ceiling: None, name, folder };
-    let mut backend = Reference::<f32>::new();
-    job.run(&mut Bench { backend: &mut backend, clock: &HostClock, effort, cache: 0 }, &site)
+    common.compute.run(None, false, Measurement { common, effort, name, job })
+}
+
+impl<J: Job> Work for Measurement<'_, J> {
+    type Output = ();
+
+    fn on<B: Measured>(self, mut backend: B) -> Result<()> {
+        let Self { common, effort, name, job } = self;
+        let (machine, dtype) = (backend.machine(), backend.dtype());
+        let on_gpu = machine.device == "cuda";
+        let known = |Machine { driver, clocks, .. }: &Machine| {
+            let words = [driver.as_ref().map(|d| format!("driver {d}")), clocks.clone()];
+            words.into_iter().flatten().map(|word| format!(", {word}")).collect::<String>()
+        };
+        let version = env!("CARGO_PKG_VERSION");
+        say!("{}{}; effnetv2 {version} ({})", machine.name, known(&machine), commit())?;
+        let folder = common.out.clone();
+        let folder = folder.unwrap_or_else(|| RunFolder::free(Path::new("runs"), &format!("bench-{name}")));
+        fs::create_dir_all(&folder).map_err(Error::io(&folder, "create"))?;
+        let ceiling = common.ceiling.map(|limits| limits.0).or_else(|| Ceiling::of(&machine.name));
+        let ceiling = ceiling.filter(|_| on_gpu);
+        let site = Site { machine, dtype, on_gpu, ceiling, name, folder };
+        let (clock, cache) = (backend.clock(), backend.cache());
+        job.run(&mut Bench { backend: &mut backend, clock: &clock, effort, cache }, &site)
+    }
 }
 
 impl Site {
@@ -177,5 +222,14 @@ mod tests {
         let row = |n: usize| vec![vec![String::from("x"); n]];
         assert!(table::<2>(columns(), row(2)).is_ok());
         assert!(table::<2>(columns(), row(3)).is_err() && table::<3>(columns(), row(3)).is_err());
+    }
+
+    #[test]
+    fn a_ceiling_is_two_positive_numbers() {
+        let ceiling = Ceiling { bandwidth: 4.3e12, tensor: 7.9e14, plain: 7.9e14 };
+        assert_eq!("4300, 790".parse(), Ok(Limits(ceiling)));
+        for wrong in ["4300", "4300,0", "-1,790", "nan,1", "inf,1", "a,b", ""] {
+            assert!(wrong.parse::<Limits>().is_err(), "{wrong}");
+        }
     }
 }

@@ -2,11 +2,9 @@
 
 use super::{Common, Job, Site, milliseconds, spread, table};
 use crate::Result;
-use crate::backend::Backend;
-use crate::bench::Bench;
 use crate::bench::operations::{OperationResult, run};
 use crate::bench::step::Settings;
-use crate::bench::timing::Clock;
+use crate::bench::{Bench, Measured};
 use crate::cli::output::say;
 use crate::model::Architecture;
 use crate::report::bars::{Bars, Group};
@@ -38,7 +36,7 @@ impl Job for Args {
         self.size.map_or(Ok(()), |size| check_side("--size", size))
     }
 
-    fn run<B: Backend, C: Clock>(&self, bench: &mut Bench<'_, B, C>, site: &Site) -> Result<()> {
+    fn run<B: Measured>(&self, bench: &mut Bench<'_, B, B::Clock>, site: &Site) -> Result<()> {
         let architecture = Architecture::find(&self.model)?;
         let size = self.size.unwrap_or(if site.on_gpu { architecture.train_size } else { 128 });
         let batch = self.common.batch(if site.on_gpu { 256 } else { 8 });

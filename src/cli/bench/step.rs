@@ -1,18 +1,16 @@
 //! `bench step`: a training step and an inference.
 
 use super::{Common, Job, Site, milliseconds, rate, spread, table};
-use crate::backend::Backend;
-use crate::bench::Bench;
+use crate::Result;
 use crate::bench::machine::{forget_peak, peak_resident};
 use crate::bench::step::{Pass, Settings, StepResult, run};
-use crate::bench::timing::Clock;
+use crate::bench::{Bench, Measured};
 use crate::cli::output::say;
 use crate::cli::progress::bar;
 use crate::model::Architecture;
 use crate::report::bars::{Bars, Group};
 use crate::report::table::{Column, bytes, si};
 use crate::train::progressive::check_side;
-use crate::{Error, Result};
 use clap::ValueEnum;
 
 /// A training step (forward, loss, backward, SGD with momentum) and an inference: images a second and memory.
@@ -33,9 +31,6 @@ pub(super) struct Args {
     /// What to measure.
     #[arg(long, value_enum, default_value_t)]
     pass: Passes,
-    /// Run a step as one CUDA graph; only on a GPU.
-    #[arg(long, value_enum)]
-    graph: Option<Switch>,
     #[command(flatten)]
     pub(super) common: Common,
 }
@@ -51,25 +46,13 @@ enum Passes {
     Inference,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Switch {
-    /// As one graph.
-    On,
-    /// Launch by launch.
-    Off,
-}
-
 impl Job for Args {
     fn check(&self) -> Result<()> {
         Architecture::find(&self.model)?;
-        self.size.iter().try_for_each(|&size| check_side("--size", size))?;
-        match self.graph {
-            Some(Switch::On) => Err(Error::usage("--graph", "on", "the CPU has no graphs; leave it out")),
-            _ => Ok(()),
-        }
+        self.size.iter().try_for_each(|&size| check_side("--size", size))
     }
 
-    fn run<B: Backend, C: Clock>(&self, bench: &mut Bench<'_, B, C>, site: &Site) -> Result<()> {
+    fn run<B: Measured>(&self, bench: &mut Bench<'_, B, B::Clock>, site: &Site) -> Result<()> {
         let architecture = Architecture::find(&self.model)?;
         let batch = self.common.batch(if site.on_gpu { 256 } else { 8 });
         let default = if site.on_gpu { architecture.train_size } else { 128 };
@@ -93,7 +76,8 @@ impl Job for Args {
                 let settings = Settings { network, size, batch, dtype: site.dtype, ceiling: site.ceiling };
                 forget_peak();
                 let mut result = run(bench, &settings, pass)?;
-                result.peak_bytes = peak_resident();
+                result.mode = bench.backend.mode().into();
+                result.peak_bytes = result.peak_bytes.or_else(peak_resident);
                 results.push(result);
                 bar.inc(1);
             }

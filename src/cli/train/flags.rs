@@ -4,7 +4,9 @@ use crate::optimizer::Rule;
 use crate::train::TrainConfig;
 use crate::{Error, Result};
 use clap::ValueEnum;
+use std::fmt::{self, Display, Formatter};
 use std::path::PathBuf;
+use std::str::FromStr;
 use toml::{Table, Value};
 
 // No doc comment: clap would take it for the description of the whole command.
@@ -40,9 +42,12 @@ pub(super) struct RunFlags {
     /// Passes over the training images; the recipe's warm-up and stages shrink to fit.
     #[arg(long, help_heading = RECIPE)]
     epochs: Option<u32>,
-    /// Images a step; the recipe's learning rate is scaled to it.
+    /// Images a step, or `auto`: as many as fit the GPU's memory. The recipe's learning rate is scaled to it.
     #[arg(long, help_heading = RECIPE)]
-    batch: Option<u32>,
+    batch: Option<Batch>,
+    /// Parts that a batch is cut into, to save memory: their gradients are added up, their batch norms see a part alone.
+    #[arg(long, value_name = "PARTS", help_heading = RECIPE)]
+    accumulate: Option<usize>,
     /// Side of the images in pixels: in training that of the last stage, and in evaluation unless --eval-size says
     /// otherwise.
     #[arg(long, value_name = "PIXELS", help_heading = RECIPE)]
@@ -95,6 +100,33 @@ pub(in crate::cli) fn seeds() -> clap::builder::RangedU64ValueParser {
     clap::value_parser!(u64).range(..=i64::MAX as u64)
 }
 
+/// Images a step as `--batch` names them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Batch {
+    Auto,
+    Images(u32),
+}
+
+impl FromStr for Batch {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            _ => text.parse().map(Self::Images).map_err(|e| format!("expected a number or auto: {e}")),
+        }
+    }
+}
+
+impl Display for Batch {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Images(count) => count.fmt(f),
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum OptimizerName {
     /// As TensorFlow 1 defines it: the paper's.
@@ -116,14 +148,19 @@ impl OptimizerName {
 }
 
 impl RunFlags {
-    /// Recipe, file and flags.
-    pub(super) fn configuration(&self) -> Result<TrainConfig> {
+    /// Whether the device's memory decides how many images a step has.
+    pub(super) fn auto_batch(&self) -> bool {
+        self.batch == Some(Batch::Auto)
+    }
+
+    /// Recipe, file and flags; `batch` stands for `--batch auto`, once it is known.
+    pub(super) fn configuration(&self, batch: Option<usize>) -> Result<TrainConfig> {
         let mut overrides = Vec::new();
         let path = self.config.as_ref().map(|path| path.display().to_string());
         if let (Some(file), Some(path)) = (&self.config, &path) {
             overrides.push((path.as_str(), TrainConfig::read_table(file)?));
         }
-        overrides.push(("flags", self.recipe_flags()));
+        overrides.push(("flags", self.recipe_flags(batch)));
         let mut config = TrainConfig::merged("b0", "digits", &overrides)?;
         self.apply(&mut config);
         config.validate()?;
@@ -131,12 +168,16 @@ impl RunFlags {
     }
 
     /// The flags that the recipe and its scaling depend on.
-    fn recipe_flags(&self) -> Table {
+    fn recipe_flags(&self, batch: Option<usize>) -> Table {
+        let batch = match self.batch {
+            Some(Batch::Images(count)) => Some(count.into()),
+            _ => batch.and_then(|count| i64::try_from(count).ok()),
+        };
         let flags = [
             ("model", self.model.clone().map(Value::String)),
             ("data", self.data.clone().map(Value::String)),
             ("epochs", self.epochs.map(|n| Value::Integer(n.into()))),
-            ("batch", self.batch.map(|n| Value::Integer(n.into()))),
+            ("batch", batch.map(Value::Integer)),
             ("learning_rate", self.lr.map(Value::Float)),
         ];
         flags.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect()
@@ -148,6 +189,7 @@ impl RunFlags {
             *target = flag.unwrap_or(*target);
         }
         set(&mut config.warmup_epochs, self.warmup);
+        set(&mut config.accumulate, self.accumulate);
         set(&mut config.weight_decay, self.weight_decay);
         set(&mut config.label_smoothing, self.label_smoothing);
         set(&mut config.ema_decay, self.ema);
@@ -185,6 +227,7 @@ impl RunFlags {
             ("--data", "data", text(&self.data)),
             ("--epochs", "epochs", text(&self.epochs)),
             ("--batch", "batch", text(&self.batch)),
+            ("--accumulate", "accumulate", text(&self.accumulate)),
             ("--eval-size", "eval_size", text(&self.eval_size)),
             ("--size", "eval_size", text(&self.size)),
             ("--size", "progressive.image_size", text(&self.size)),

@@ -4,17 +4,18 @@ mod flags;
 
 pub(super) use flags::seeds;
 
-use super::Threads;
+use super::compute::{Compute, Work};
 use super::interrupt::stop_flag;
 use super::output::{note, say};
 use super::progress::Terminal;
-use crate::Result;
+use crate::backend::Backend;
 use crate::data::{BadImages, Source, Splits, open};
-use crate::reference::Reference;
+use crate::nn::Network;
 use crate::report::table::{duration, percent, thousands};
 use crate::train::checkpoint::Checkpoint;
 use crate::train::run::{CHECKPOINT, CONFIG, CURVES, METRICS, RunFolder};
-use crate::train::{TrainConfig, Trainer};
+use crate::train::{TrainConfig, Trainer, largest_batch};
+use crate::{Error, Result};
 use flags::RunFlags;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -38,25 +39,29 @@ pub(super) struct Args {
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
     #[command(flatten)]
-    threads: Threads,
+    compute: Compute,
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    args.threads.limit()?;
     match &args.resume {
-        Some(path) => resume(path),
-        None => begin(&args.run).map_err(|error| args.run.blame(error)),
+        Some(path) => resume(path, &args.compute),
+        None => begin(&args.run, &args.compute).map_err(|error| args.run.blame(error)),
     }
 }
 
-fn begin(flags: &RunFlags) -> Result<()> {
-    let config = flags.configuration()?;
+fn begin(flags: &RunFlags, compute: &Compute) -> Result<()> {
+    let config = flags.configuration(None)?;
     let data = match Source::parse(&config.data)? {
         Source::Folder(path) => path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
         _ => config.data.clone(),
     };
     let name = format!("{}-{data}", config.model);
-    start(config, flags.out.as_deref(), &name, flags.init.as_deref()).map(drop)
+    let start = Start {
+        init: flags.init.as_deref(),
+        batch: flags.auto_batch().then_some(flags),
+        ..Start::new(config, flags.out.as_deref(), &name)
+    };
+    compute.run(None, false, start).map(drop)
 }
 
 fn open_data(config: &TrainConfig) -> Result<Splits> {
@@ -73,44 +78,89 @@ fn open_data(config: &TrainConfig) -> Result<Splits> {
 }
 
 /// Runs a configuration from its start in the folder `out`, or in a new one named after `name`.
-pub(super) fn start(
+pub(super) struct Start<'a> {
     config: TrainConfig,
-    out: Option<&Path>,
-    name: &str,
-    init: Option<&Path>,
-) -> Result<RunFolder> {
-    super::announce_device()?;
-    let splits = open_data(&config)?;
-    let classes = splits.train.classes().to_vec();
-    let mut trainer = Trainer::new(Reference::<f32>::new(), config, classes, init)?;
-    trainer.check(&splits)?;
-    let path = out.map_or_else(|| RunFolder::free(Path::new("runs"), name), Path::to_owned);
-    let folder = RunFolder::create(&path, trainer.config())?;
-    finish(&mut trainer, &splits, folder)
+    out: Option<&'a Path>,
+    name: &'a str,
+    init: Option<&'a Path>,
+    /// Where the configuration comes from anew, once it is known how large a batch the device holds.
+    batch: Option<&'a RunFlags>,
 }
 
-fn resume(path: &Path) -> Result<()> {
-    super::announce_device()?;
-    let checkpoint = Checkpoint::read(path)?;
-    let folder = match checkpoint.path().parent() {
-        Some(folder) if folder != Path::new("") => folder.to_owned(),
-        _ => PathBuf::from("."),
-    };
-    let splits = open_data(&checkpoint.description.config)?;
-    let mut trainer = Trainer::resume(Reference::<f32>::new(), &checkpoint)?;
-    trainer.check(&splits)?;
-    let position = trainer.position();
-    let (step, epochs) = (thousands(position.step), trainer.config().epochs);
-    match position.epoch < epochs {
-        true => say!("going on after step {step}, in epoch {} of {epochs}", position.epoch + 1)?,
-        false => say!("all {epochs} epochs are done, after step {step}; only measuring")?,
+impl<'a> Start<'a> {
+    pub(super) fn new(config: TrainConfig, out: Option<&'a Path>, name: &'a str) -> Self {
+        Self { config, out, name, init: None, batch: None }
     }
-    let folder = RunFolder::reopen(&folder, position)?;
-    finish(&mut trainer, &splits, folder).map(drop)
+}
+
+impl Work for Start<'_> {
+    type Output = RunFolder;
+
+    fn on<B: Backend<Element = f32>>(self, backend: B) -> Result<RunFolder> {
+        let Self { mut config, out, name, init, batch } = self;
+        let splits = open_data(&config)?;
+        let classes = splits.train.classes().to_vec();
+        if let Some(flags) = batch {
+            config = flags.configuration(Some(largest(&backend, &config, &splits)?))?;
+        }
+        let mut trainer = Trainer::new(backend, config, classes, init)?;
+        trainer.check(&splits)?;
+        let path = out.map_or_else(|| RunFolder::free(Path::new("runs"), name), Path::to_owned);
+        let folder = RunFolder::create(&path, trainer.config())?;
+        finish(&mut trainer, &splits, folder)
+    }
+}
+
+/// The largest batch that fits the device, or the whole data set.
+fn largest<B: Backend>(backend: &B, config: &TrainConfig, splits: &Splits) -> Result<usize> {
+    let network = Network::new(config.network(splits.train.classes().len())?);
+    let Some(images) = largest_batch(backend, config, &network, false)? else {
+        let problem =
+            "that is for a GPU, whose memory decides, and there not even one image fits; give a number";
+        return Err(Error::usage("--batch", "auto", problem));
+    };
+    let batch = (images * config.accumulate).min(splits.train.len() / config.accumulate * config.accumulate);
+    say!("batch: {batch} images a step, {images} a pass are the most that fit")?;
+    Ok(batch)
+}
+
+fn resume(path: &Path, compute: &Compute) -> Result<()> {
+    let checkpoint = Checkpoint::read(path)?;
+    let dtype = checkpoint.description.dtype;
+    compute.run(dtype, false, Resume(checkpoint))
+}
+
+struct Resume(Checkpoint);
+
+impl Work for Resume {
+    type Output = ();
+
+    fn on<B: Backend<Element = f32>>(self, backend: B) -> Result<()> {
+        let Self(checkpoint) = self;
+        let folder = match checkpoint.path().parent() {
+            Some(folder) if folder != Path::new("") => folder.to_owned(),
+            _ => PathBuf::from("."),
+        };
+        let splits = open_data(&checkpoint.description.config)?;
+        let mut trainer = Trainer::resume(backend, &checkpoint)?;
+        trainer.check(&splits)?;
+        let position = trainer.position();
+        let (step, epochs) = (thousands(position.step), trainer.config().epochs);
+        match position.epoch < epochs {
+            true => say!("going on after step {step}, in epoch {} of {epochs}", position.epoch + 1)?,
+            false => say!("all {epochs} epochs are done, after step {step}; only measuring")?,
+        }
+        let folder = RunFolder::reopen(&folder, position)?;
+        finish(&mut trainer, &splits, folder).map(drop)
+    }
 }
 
 /// Trains to the end and says what there is to see.
-fn finish(trainer: &mut Trainer<Reference<f32>>, splits: &Splits, folder: RunFolder) -> Result<RunFolder> {
+fn finish<B: Backend<Element = f32>>(
+    trainer: &mut Trainer<B>,
+    splits: &Splits,
+    folder: RunFolder,
+) -> Result<RunFolder> {
     let config = trainer.config();
     say!(
         "training {} ({} parameters), seed {}, in {}",

@@ -107,8 +107,6 @@ fn outside(range: &Range<usize>, length: usize) -> Error {
 
 /// An element type of activations and of what convolutions read.
 pub trait FusedElement: RawElement + InputElement + Debug {
-    /// Whether its range is so narrow that the loss must be scaled.
-    const SCALES_LOSS: bool = false;
     /// Whether convolutions read a copy of the weights.
     const HAS_COPY: bool = true;
 
@@ -176,8 +174,6 @@ fn cast<T: FusedElement + CopyElement>(
 }
 
 impl FusedElement for f16 {
-    const SCALES_LOSS: bool = true;
-
     fn narrow(value: f32) -> Self {
         Self::from_f32(value)
     }

@@ -28,7 +28,7 @@ use crate::data::MixPlan;
 use crate::device::cudarc::driver::{CudaView, CudaViewMut};
 use crate::device::{self, Arena, Block, Device, Graph};
 use crate::optimizer::{Rule, Scalars};
-use crate::tensor::Shape;
+use crate::tensor::{Dtype, Shape};
 use crate::{Error, Result};
 use feed::Feeds;
 use plans::{HeadKey, Plans, Scratch};
@@ -362,8 +362,8 @@ impl<T: FusedElement> Backend for Accelerated<T> {
         self.feeds.begin_step(&self.device, key, self.loss_scale)
     }
 
-    fn scales_loss(&self) -> bool {
-        T::SCALES_LOSS
+    fn dtype(&self) -> Dtype {
+        T::DTYPE
     }
 
     fn set_loss_scale(&mut self, scale: f64) {

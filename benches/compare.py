@@ -156,10 +156,9 @@ def main():
                 stem = os.path.join(args.out, f"{what}-{dtype}-{turn + 1}")
                 shared = ["--model" if what != "blocks" else "--models", args.model, "--size", str(args.size),
                           "--batch", str(args.batch), "--rounds", str(args.rounds), "--threads", str(args.threads)]
-                on_device = ["--device", args.device, "--dtype", dtype] if args.device == "cuda" else []
-                graph = ["--graph", "on"] if args.device == "cuda" and what == "step" else []
+                on_device = ["--device", args.device, "--dtype", dtype]
                 start = time.time()
-                complete &= run([args.program, "bench", what, *shared, *on_device, *graph, "--out", stem],
+                complete &= run([args.program, "bench", what, *shared, *on_device, "--out", stem],
                                 args.seconds)
                 ours += read(os.path.join(stem, f"{what}.json"))
                 shared[0] = "--model"

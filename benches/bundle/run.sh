@@ -29,8 +29,8 @@ out=$(cd "$out" && pwd)
 program=$here/bin/effnetv2
 names=() states=() times=() notes=()
 
-# Ends a part that could not run at all: `skip REASON`.
-skip() { echo "$*" >"$note" && return 77; }
+# Ends a part, which has a shell of its own, because it cannot run here: `skip REASON`.
+skip() { echo "$*" >"$note" && exit 77; }
 # A word for the summary from a part that did run.
 say() { echo "$*" >"$note"; }
 
@@ -42,13 +42,13 @@ part() {
     note=$out/.note
     : >"$note"
     start=$SECONDS
+    printf '%s ... ' "$name"
     if [ "$left" -lt 5 ]; then
         echo "the $total seconds were over" >"$note"
         code=77
     else
         [ "$limit" -le "$left" ] || limit=$left
         export note name here out program python gpu
-        printf '%s ... ' "$name"
         timeout --kill-after=10 "$limit" bash -c "$(declare -f skip say run_all bench "$work"); $work" >"$out/$name.log" 2>&1
         code=$?
     fi
@@ -73,7 +73,7 @@ run_all() {
         echo "== $(basename "$one")"
         ${prefix[@]+"${prefix[@]}"} "$one" --test-threads=1 || failed+=("$(basename "$one")")
     done
-    [ $count -gt 0 ] || { skip "there are no test programs in this folder" && return; }
+    [ $count -gt 0 ] || skip "there are no test programs in this folder"
     if [ ${#failed[@]} -gt 0 ]; then
         say "${#failed[@]} of $count programs failed: ${failed[*]}"
         return 1
@@ -87,16 +87,16 @@ devices() {
 }
 
 tests() {
-    [ -n "$gpu" ] || { skip "no GPU" && return; }
+    [ -n "$gpu" ] || skip "no GPU"
     EFFNETV2_TEST_DEVICE=cuda EFFNETV2_REQUIRE_GPU=1 run_all -- "$here"/tests/*
 }
 
 sanitizer() {
-    [ -n "$gpu" ] || { skip "no GPU" && return; }
+    [ -n "$gpu" ] || skip "no GPU"
     local tool
     tool=$(command -v compute-sanitizer || ls -d "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer \
         /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
-    [ -n "$tool" ] || { skip "compute-sanitizer is not installed" && return; }
+    [ -n "$tool" ] || skip "compute-sanitizer is not installed"
     # It slows a kernel down a hundredfold: few random cases.
     PROPTEST_CASES=2 EFFNETV2_TEST_DEVICE=cuda EFFNETV2_REQUIRE_GPU=1 \
         run_all "$tool" --error-exitcode=1 --leak-check=no -- "$here"/tests/*_kernels
@@ -121,13 +121,13 @@ bench() {
     say "$where: $what.json, $what.svg"
 }
 
-step() { bench step --graph on; }
+step() { bench step; }
 blocks() { bench blocks --rounds 3; }
 fusion() { bench fusion --rounds 3; }
 ops() { bench ops --rounds 3; }
 
 criterion() {
-    [ -n "$gpu" ] || { skip "no GPU" && return; }
+    [ -n "$gpu" ] || skip "no GPU"
     local one
     for one in "$here"/benches/*; do
         # The CPU reference's own is long and no matter of the GPU.
@@ -139,8 +139,8 @@ criterion() {
 }
 
 peers() {
-    command -v "$python" >/dev/null || { skip "no $python" && return; }
-    "$python" -c 'import torch, timm' 2>/dev/null || { skip "$python has no torch and timm (--python names another)" && return; }
+    command -v "$python" >/dev/null || skip "no $python"
+    "$python" -c 'import torch, timm' 2>/dev/null || skip "$python has no torch and timm (--python names another)"
     if [ -n "$gpu" ]; then
         "$python" "$here/compare.py" --program "$program" --turns 1 --rounds 3 --out "$out/peers" \
             --modes eager,graph,compile-graph || return
@@ -167,7 +167,7 @@ rm -f "$out/.note"
 
 quote() { printf '"%s"' "$(printf '%s' "$1" | sed 's/[\\"]/\\&/g' | tr -d '\000-\037')"; }
 {
-    printf '{\n "commit": %s,\n "gpu": %s,\n "parts": [' "$(quote "$(sed -n 's/^commit //p' "$here/VERSION")")" "$(quote "$gpu")"
+    printf '{\n "commit": %s,\n "gpu": %s,\n "parts": [' "$(quote "$(sed -n 's/^commit //p' "$here/VERSION")")" "$([ -n "$gpu" ] && quote "$gpu" || echo null)"
     for i in "${!names[@]}"; do
         [ "$i" -eq 0 ] || printf ','
         printf '\n  {"part": %s, "state": %s, "seconds": %s, "note": %s}' \

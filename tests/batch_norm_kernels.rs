@@ -71,7 +71,7 @@ impl Layer {
             running_var: vector(0.1, 3.0),
             epsilon: 1e-3,
             momentum: 0.1,
-            variance: if seed % 2 == 0 { VarianceEstimator::Biased } else { VarianceEstimator::Unbiased },
+            variance: [VarianceEstimator::Biased, VarianceEstimator::Unbiased][(seed & 1) as usize],
         }
     }
 }
@@ -473,7 +473,7 @@ fn begun(device: &Device, key: &StepKey) -> StepScalars {
 fn reference_factors(key: &StepKey, drop: DropPath) -> Vec<f32> {
     let images = key.images.len();
     let mut backend = Reference::<f32>::new();
-    backend.begin_step(key);
+    backend.begin_step(key).unwrap();
     let y = Tensor::from_vec(Shape::new(images, 1, 1, 1), vec![1.0_f32; images]).unwrap();
     let norm = Norm { scale: vec![1.0], shift: vec![0.0], mean: vec![0.0], rstd: vec![1.0], count: images };
     let branch = RawOutput::<Reference<f32>> { y, norm };

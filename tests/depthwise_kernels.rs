@@ -835,7 +835,7 @@ fn unfit_backward_operands_are_refused_before_anything_runs() {
     let (plan, mut workspace) = plan::<f32>(&device, &case);
     let input = device.upload(&vec![1.0_f32; 4096]).unwrap();
     let all = input.as_view();
-    let mut run = |wrong: Wrong, workspace: &mut Workspace| {
+    let run = |wrong: Wrong, workspace: &mut Workspace| {
         let mut outputs: Vec<_> = (0..5).map(|_| device.zeros::<f32>(4096).unwrap()).collect();
         let [dx, dweight, dgamma, dbeta, debt] = &mut outputs[..] else { unreachable!() };
         let (x_view, norm) = (all.slice(..x), all.slice(..4 * c));
@@ -927,7 +927,8 @@ fn operands_that_do_not_go_together_are_refused() {
     refused(plain, Arrival::Factors(&factors), nothing());
     refused(silu, Arrival::Alone, nothing());
     refused(gated, Arrival::Alone, nothing());
-    refused(plain, Arrival::Alone, GradientOutput::Plain { skip: Some(&y_view.slice(..y - 1)) });
+    let short = y_view.slice(..y - 1);
+    refused(plain, Arrival::Alone, GradientOutput::Plain { skip: Some(&short) });
     let mut sums = others.as_view_mut();
     refused(silu, Arrival::Alone, GradientOutput::Gated { y: &x_view, norm: &norm, sums: &mut sums });
     let [dgamma, dbeta, debt] = &mut vectors[..] else { unreachable!() };

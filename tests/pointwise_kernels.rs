@@ -879,7 +879,7 @@ fn impossible_plans_are_refused() {
         (Shape { n: 0, ..good }, 16),
         (Shape { c: 12, ..good }, 16),
         (Shape { w: usize::MAX, ..good }, 16),
-        (Shape { n: 1 << 26, h: 1, w: 1, ..good }, 16),
+        (Shape { n: 1 << 27, h: 1, w: 1, ..good }, 16),
         (Shape::new(1, 1, 1, 65_536), 65_536),
         (good, 0),
         (good, 12),

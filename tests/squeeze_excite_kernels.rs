@@ -138,7 +138,6 @@ fn on_device<T: Sample>(device: &Device, raw: &Raw<T>, layers: &Layers<T>, dx: &
         plan.backward(stream, input, gradients, &mut dpool, debt, &mut workspace).unwrap();
     }
     let [layers @ .., dgamma, dbeta] = &gradients;
-    let layers: &[_; 4] = layers;
     Outcome {
         pooled: written(device, &pooled),
         hidden: written(device, &hidden),

@@ -35,6 +35,9 @@ pub const FAMILY: Family = Family {
         entry("batch_norm_backward_silu_f32", "pppppp{16:4}I{40:8}"),
         entry("batch_norm_backward_silu_f16", "pppppp{16:4}I{40:8}"),
         entry("batch_norm_backward_silu_bf16", "pppppp{16:4}I{40:8}"),
+        entry("batch_norm_fold_f32", "pppII"),
+        entry("batch_norm_fold_f16", "pppII"),
+        entry("batch_norm_fold_bf16", "pppII"),
         entry("batch_norm_owe", "pII{40:8}"),
         entry("batch_norm_evaluate", "pppp"),
         entry("batch_norm_factors", "pppII"),
@@ -526,6 +529,76 @@ impl Evaluation {
         // SAFETY: the ranges of all parts are within the buffers, as `plan` has checked; the norms overlap nothing, and
         // not one another.
         unsafe { launch.run(self.work.grid, self.work.shared, format_args!("{} layers", self.norms.len())) }
+    }
+}
+
+/// The weights of one convolution with the normalisation of inference in them.
+#[derive(Debug)]
+pub struct Fold<T> {
+    device: Device,
+    kernel: Kernel,
+    channels: usize,
+    weights: usize,
+    work: Work,
+    element: PhantomData<fn() -> T>,
+}
+
+/// Elements of a block that folds.
+const FOLD_TILE: usize = 2048;
+
+impl<T: RawElement> Fold<T> {
+    /// For a dense or pointwise convolution with `weights` weights and `channels` outputs.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for channels that are no multiple of 8 or do not divide the weights, or 2³¹ weights and more; those
+    /// of [`Device::module`].
+    pub fn plan(device: &Device, weights: usize, channels: usize) -> Result<Self> {
+        let possible = channels > 0
+            && channels.is_multiple_of(8)
+            && weights.is_multiple_of(channels)
+            && (1..=MAX_ELEMENTS).contains(&weights);
+        if !possible {
+            let problem = format!("{weights} weights of {channels} channels cannot be folded");
+            return Err(Error::Shape { operation: OPERATION, problem });
+        }
+        let cost = Cost {
+            bytes: (weights * (4 + T::DTYPE.bytes()) + 4 * channels) as u64,
+            tensor_operations: 0,
+            operations: weights as u64,
+        };
+        let kernel = format!("batch_norm_fold_{}", T::SUFFIX);
+        let work = Work { kernel, grid: [weights.div_ceil(FOLD_TILE) as u32, 1, 1], shared: 0, cost };
+        let kernel = device.module(&FAMILY)?.kernel(&work.kernel)?;
+        Ok(Self { device: device.clone(), kernel, channels, weights, work, element: PhantomData })
+    }
+
+    /// Its launch.
+    pub fn work(&self) -> &Work {
+        &self.work
+    }
+
+    /// folded ← scale\[o\]·weights\[o, …\] of every output channel o. The shift is what remains to be added: the bias of
+    /// [`Output::Folded`](super::Output::Folded).
+    ///
+    /// # Errors
+    /// As for [`BatchNorm::merge`].
+    pub fn fold(
+        &self,
+        stream: &Arc<CudaStream>,
+        weights: &CudaView<'_, f32>,
+        scale: &CudaView<'_, f32>,
+        folded: &mut CudaViewMut<'_, T>,
+    ) -> Result<()> {
+        let mut operands = Operands::new(OPERATION, &self.device, stream)?;
+        operands.read("weights", weights, self.weights)?;
+        operands.read("scale", scale, self.channels)?;
+        operands.write("folded", folded, self.weights)?;
+        let (count, row) = (self.weights as u32, (self.weights / self.channels) as u32);
+        let mut launch = self.kernel.on(stream);
+        launch.input(weights).input(scale).output(folded).value(&count).value(&row);
+        // SAFETY: both buffers have `count` elements, a multiple of 8, and do not overlap; `scale` has one for each `row` of
+        // them. A thread reads and writes 8 elements below `count`.
+        unsafe { launch.run(self.work.grid, self.work.shared, format_args!("{count} weights")) }
     }
 }
 

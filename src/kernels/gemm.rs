@@ -294,7 +294,7 @@ mod tests {
     fn quotient(by: FastDivisor, x: u32) -> u32 {
         match by.multiplier {
             0 => x,
-            m => (u64::from(x) * u64::from(m) >> 32) as u32 >> by.shift,
+            m => ((u64::from(x) * u64::from(m)) >> 32) as u32 >> by.shift,
         }
     }
 

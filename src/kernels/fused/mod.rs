@@ -28,8 +28,9 @@ use crate::data::MixPlan;
 use crate::device::cudarc::driver::{CudaView, CudaViewMut};
 use crate::device::{self, Arena, Block, Device, Graph};
 use crate::optimizer::{Rule, Scalars};
-use crate::tensor::{Dtype, Shape};
+use crate::tensor::{ConvKind, Dtype, Shape};
 use crate::{Error, Result};
+use buffer::Fold;
 use feed::Feeds;
 use plans::{HeadKey, Plans, Scratch};
 use recorder::{Known, Recorder};
@@ -424,8 +425,11 @@ impl<T: FusedElement> Backend for Accelerated<T> {
                 graph.launch()?;
                 self.head = head;
                 self.feeds.pass_done();
+                state.vars.stats.touch();
                 if kind.last {
+                    state.vars.params.touch_with_copy();
                     state.average.params.touch();
+                    state.average.stats.touch();
                 }
             }
         }
@@ -553,6 +557,60 @@ impl<T: FusedElement> Backend for Accelerated<T> {
         let plan = self.plans.norm(&self.device, shape)?;
         plan.merge(self.device.compute(), merge, &mut out.block.view_mut())?;
         Ok(out)
+    }
+
+    fn infer(
+        &mut self,
+        layer: &ConvNorm,
+        x: Load<'_, Self>,
+        act: backend::Activation,
+        skip: Option<&Activation<T>>,
+        vars: &mut Variables<Self>,
+    ) -> Result<Activation<T>> {
+        if layer.conv.kind == ConvKind::Depthwise {
+            let raw = self.conv_norm(layer, x, vars, Mode::Eval)?;
+            return self.merge(&raw, act, skip, None);
+        }
+        let shape = match x {
+            Load::Plain(x) => x.shape,
+            Load::Silu(raw) | Load::Gated(raw, _) => raw.y.shape,
+        };
+        let out = layer.conv.output(shape)?;
+        if let Some(skip) = skip {
+            check_shapes("skip connection", skip.shape, out)?;
+        }
+        let mut y = self.activation(out)?;
+        let Self { device, scratch, plans, .. } = self;
+        let Variables { params, stats, .. } = vars;
+        let fold = params.folded(layer.weight.start, stats, |params| {
+            let stream = device.compute();
+            let (mut weights, mut norm) = (device.zeros(layer.weight.len())?, device.zeros(4 * out.c)?);
+            let plan = plans.evaluation(device, layer, params.len(), stats.len())?;
+            plan.evaluate(stream, &params.all()?, &stats.all()?, &mut norm.as_view_mut())?;
+            let masters = params.part(&layer.weight)?;
+            let plan = plans.fold(device, layer.weight.len(), out.c)?;
+            plan.fold(stream, &masters, &norm.slice(..out.c), &mut weights.as_view_mut())?;
+            Ok(Fold { weights, norm })
+        })?;
+        let (weight, bias) = (fold.weights.as_view(), fold.norm.slice(out.c..2 * out.c));
+        let skip = skip.map(|skip| skip.block.view());
+        let output = Output::Folded { bias: &bias, act, skip: skip.as_ref() };
+        let (run, conv, mut y_view) = ((&*device, scratch), (&layer.conv, shape), y.block.view_mut());
+        match x {
+            Load::Plain(x) => {
+                plans.fprop(run, conv, Input::Plain(&x.block.view()), &weight, &mut y_view, output)?;
+            }
+            Load::Silu(raw) => {
+                let (x, norm) = (raw.y.block.view(), raw.norm.0.view());
+                plans.fprop(run, conv, Input::Silu { y: &x, norm: &norm }, &weight, &mut y_view, output)?;
+            }
+            Load::Gated(raw, gate) => {
+                let (x, norm, gate) = (raw.y.block.view(), raw.norm.0.view(), gate.gate.view());
+                let input = Input::Gated { y: &x, norm: &norm, gate: &gate };
+                plans.fprop(run, conv, input, &weight, &mut y_view, output)?;
+            }
+        }
+        Ok(y)
     }
 
     fn head(

@@ -21,9 +21,10 @@ use crate::kernels::squeeze_excite::SqueezeExciteShape;
 use crate::kernels::stem::StemShape;
 use crate::kernels::{GradientKind, InputKind, OutputKind, Work};
 use crate::optimizer::{Rule, Scalars};
-use crate::tensor::{Dtype, Shape};
+use crate::tensor::{ConvKind, Dtype, Shape};
 use crate::{Error, Result};
 use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -57,6 +58,40 @@ pub struct Span {
 impl Drop for Span {
     fn drop(&mut self) {
         self.layout.borrow_mut().pop(self.offset);
+    }
+}
+
+/// A flat buffer that there is only in thought.
+#[derive(Debug)]
+pub struct Flat {
+    bytes: usize,
+    tally: Rc<Cell<Tally>>,
+}
+
+/// Bytes of flat buffers.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tally {
+    now: usize,
+    most: usize,
+}
+
+impl Flat {
+    fn new(length: usize, tally: &Rc<Cell<Tally>>) -> Self {
+        let bytes = length * size_of::<f32>();
+        let Tally { now, most } = tally.get();
+        tally.set(Tally { now: now + bytes, most: most.max(now + bytes) });
+        Self { bytes, tally: Rc::clone(tally) }
+    }
+
+    fn len(&self) -> usize {
+        self.bytes / size_of::<f32>()
+    }
+}
+
+impl Drop for Flat {
+    fn drop(&mut self) {
+        let tally = self.tally.get();
+        self.tally.set(Tally { now: tally.now - self.bytes, ..tally });
     }
 }
 
@@ -108,7 +143,9 @@ pub struct Planner {
     parameters: usize,
     rule: Option<Rule>,
     images: usize,
-    buffers: Cell<usize>,
+    buffers: Rc<Cell<Tally>>,
+    /// Where the weights begin that have been folded, and how many they are.
+    folded: HashMap<usize, usize>,
     drops: Vec<DropPath>,
     launches: Vec<Work>,
     side: usize,
@@ -127,7 +164,8 @@ impl Planner {
             parameters: 0,
             rule: None,
             images: 0,
-            buffers: Cell::new(0),
+            buffers: Rc::default(),
+            folded: HashMap::new(),
             drops: Vec::new(),
             launches: Vec::new(),
             side: 0,
@@ -137,14 +175,15 @@ impl Planner {
 
     /// What the passes so far take.
     pub fn footprint(&self) -> Footprint {
-        // Two batches wait on the device while a third is computed with; two copies of the weights, for training and for
-        // evaluating their average.
+        // Two batches wait on the device while a third is computed with; the weights and their average are copied for
+        // training and folded for inference.
         let copies = if self.dtype == Dtype::F32 { 0 } else { 2 * self.parameters * self.dtype.bytes() };
+        let folded = 2 * self.folded.values().sum::<usize>() * self.dtype.bytes();
         Footprint {
             arena: self.layout.borrow().high_water(),
             workspace: self.workspace,
-            feeds: 3 * self.largest_batch + self.targets * size_of::<f32>() + copies,
-            buffers: self.buffers.get(),
+            feeds: 3 * self.largest_batch + self.targets * size_of::<f32>() + copies + folded,
+            buffers: self.buffers.get().most,
         }
     }
 
@@ -275,23 +314,22 @@ fn missing(operation: &'static str) -> Error {
 impl Backend for Planner {
     type Element = f32;
     type Activation = Activation;
-    type Buffer = usize;
+    type Buffer = Flat;
     type Norm = Rc<Span>;
     type Gate = Gate;
     type Owed = Owed;
     type Head = Head;
     type Rehearsal = Self;
 
-    fn buffer(&self, values: Vec<f32>) -> Result<usize> {
+    fn buffer(&self, values: Vec<f32>) -> Result<Flat> {
         self.zeros(values.len())
     }
 
-    fn zeros(&self, length: usize) -> Result<usize> {
-        self.buffers.set(self.buffers.get() + length * size_of::<f32>());
-        Ok(length)
+    fn zeros(&self, length: usize) -> Result<Flat> {
+        Ok(Flat::new(length, &self.buffers))
     }
 
-    fn read(&self, _: &usize) -> Result<Vec<f32>> {
+    fn read(&self, _: &Flat) -> Result<Vec<f32>> {
         Err(missing("read"))
     }
 
@@ -396,6 +434,29 @@ impl Backend for Planner {
         let work = self.norm_shape(shape)?.merge_work(act, skip.is_some(), drop.is_some());
         self.launch(work);
         Ok(out)
+    }
+
+    fn infer(
+        &mut self,
+        layer: &ConvNorm,
+        x: Load<'_, Self>,
+        act: backend::Activation,
+        skip: Option<&Activation>,
+        vars: &mut Variables<Self>,
+    ) -> Result<Activation> {
+        if layer.conv.kind == ConvKind::Depthwise {
+            let raw = self.conv_norm(layer, x, vars, Mode::Eval)?;
+            return self.merge(&raw, act, skip, None);
+        }
+        let (shape, input) = match x {
+            Load::Plain(x) => (x.shape, InputKind::Plain),
+            Load::Silu(raw) => (raw.y.shape, InputKind::Silu),
+            Load::Gated(raw, _) => (raw.y.shape, InputKind::Gated),
+        };
+        let y = self.activation(layer.conv.output(shape)?);
+        self.folded.insert(layer.weight.start, layer.weight.len());
+        self.fprop(layer, shape, input, OutputKind::Folded { skip: skip.is_some() })?;
+        Ok(y)
     }
 
     fn head(&mut self, layer: &Classifier, x: &Raw<Self>, _: f64, _: &mut Variables<Self>) -> Result<Head> {
@@ -517,11 +578,11 @@ impl Backend for Planner {
         Ok((dx, Owed { _owed: owed, arrival }))
     }
 
-    fn clear(&mut self, _: &mut usize) -> Result<()> {
+    fn clear(&mut self, _: &mut Flat) -> Result<()> {
         Ok(())
     }
 
-    fn norm(&mut self, _: &usize) -> Result<f64> {
+    fn norm(&mut self, _: &Flat) -> Result<f64> {
         Err(missing("norm"))
     }
 
@@ -530,7 +591,7 @@ impl Backend for Planner {
         let shape = UpdateShape { rule, parameters: self.parameters };
         shape.norm_work().into_iter().for_each(|work| self.launch(work));
         self.launch(shape.update_work(true, self.dtype));
-        self.launch(optimizer::average_work(state.average.stats));
+        self.launch(optimizer::average_work(state.average.stats.len()));
         Ok(())
     }
 

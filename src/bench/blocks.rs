@@ -63,7 +63,7 @@ impl FromStr for BlockShape {
         let Some(&[inputs, outputs, expansion, kernel, stride, side]) = numbers.as_deref() else {
             return Err("six whole numbers are needed: inputs,outputs,expansion,kernel,stride,side".into());
         };
-        let is_channels = |n: usize| n >= 8 && n <= 1 << 14 && n.is_multiple_of(8);
+        let is_channels = |n: usize| (8..=1 << 14).contains(&n) && n.is_multiple_of(8);
         if !is_channels(inputs) || !is_channels(outputs) {
             return Err("channels must be multiples of 8, from 8 to 16384".into());
         }
@@ -309,7 +309,7 @@ impl std::fmt::Display for Crossover {
         match self.first {
             None => write!(f, "Fused-MBConv is the faster at every one of {total} shapes")?,
             Some(0) => {
-                write!(f, "MBConv is the faster from the first shape on ({})", describe(&self.ratios[0]))?
+                write!(f, "MBConv is the faster from the first shape on ({})", describe(&self.ratios[0]))?;
             }
             Some(first) => write!(
                 f,

@@ -367,6 +367,11 @@ impl<T: RawElement> Pointwise<T> {
         operands.write("dx", dx, x.elements())?;
         output.check(&mut operands, x)?;
         let work = self.work.dgrad(output.kind());
+        if output.kind() == GradientKind::Gated && 5 * x.n * x.c > MAX_ELEMENTS {
+            let problem =
+                format!("{x} with 5 sums for each image and channel; at most {MAX_ELEMENTS} are possible");
+            return Err(Error::Shape { operation: OPERATION, problem });
+        }
         let grid = self.work.grid(x.c);
         workspace.check(OPERATION, 2 * grid.runs as usize * x.c, grid.groups as usize)?;
 

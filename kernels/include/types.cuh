@@ -95,14 +95,19 @@ __device__ __forceinline__ void load8(const T* from, float (&x)[8] EFFNETV2_AT_P
     unpack8(load_pack8<T, cache>(from EFFNETV2_AT_ARGUMENT), x);
 }
 
-/// Stores eight elements to global or shared memory, aligned to 16 bytes, each rounded to T.
+/// Stores eight elements as they are to global or shared memory, aligned to 16 bytes.
 template <Cache cache = Cache::normal, class T>
-__device__ __forceinline__ void store8(T* to, const float (&x)[8] EFFNETV2_AT_PARAMETER) {
-    const Pack8<T> pack = pack8<T>(x);
+__device__ __forceinline__ void store_pack8(T* to, const Pack8<T>& pack EFFNETV2_AT_PARAMETER) {
     if constexpr (sizeof(T) == 4) {
         store16<cache>(to, pack.low EFFNETV2_AT_ARGUMENT);
         store16<cache>(to + 4, pack.high EFFNETV2_AT_ARGUMENT);
     } else {
         store16<cache>(to, pack.bits EFFNETV2_AT_ARGUMENT);
     }
+}
+
+/// Stores eight elements to global or shared memory, aligned to 16 bytes, each rounded to T.
+template <Cache cache = Cache::normal, class T>
+__device__ __forceinline__ void store8(T* to, const float (&x)[8] EFFNETV2_AT_PARAMETER) {
+    store_pack8<cache>(to, pack8<T>(x) EFFNETV2_AT_ARGUMENT);
 }

@@ -166,8 +166,11 @@ impl<T: InputElement> Input<T> {
 
 const OPERATION: &str = "input";
 
-/// (value/255 − mean) / deviation in f64, rounded once.
-fn table(normalisation: &Normalisation) -> Result<Vec<f32>> {
+/// What each value of each channel becomes, \[3, 256\]: (value/255 − mean) / deviation in f64, rounded once.
+///
+/// # Errors
+/// [`Error::Usage`] where that is not finite.
+pub fn table(normalisation: &Normalisation) -> Result<Vec<f32>> {
     let Normalisation { mean, deviation } = normalisation;
     let row = |c: usize| (0..256).map(move |v| ((f64::from(v) / 255.0 - mean[c]) / deviation[c]) as f32);
     let table: Vec<f32> = (0..CHANNELS).flat_map(row).collect();

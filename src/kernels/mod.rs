@@ -5,17 +5,24 @@
 //! nothing of this crate's tensors can use it. The streams are the caller's, too, as long as they are of the plan's GPU.
 //! Wrong lengths, overlaps, misalignment and foreign devices are errors before anything is launched.
 
+pub mod conv3x3;
 pub mod depthwise;
+mod gemm;
 pub mod head;
 pub mod input;
 mod operand;
 pub mod optimizer;
+pub mod pointwise;
 mod raw;
 pub mod squeeze_excite;
+pub mod stem;
 mod work;
 mod workspace;
 
-pub use operand::{Arrival, Debt, GradientOutput, GradientView, Input, Output, OutputKind, Statistics};
+pub use operand::{
+    Arrival, Debt, GradientKind, GradientOutput, GradientView, Input, InputKind, Output, OutputKind,
+    Statistics,
+};
 pub use raw::{RawElement, RawView};
 pub use work::{Cost, Work};
 pub use workspace::Workspace;
@@ -23,5 +30,13 @@ pub use workspace::Workspace;
 use crate::device::Family;
 
 /// Every family there is. build.rs watches this file: a new `kernels/*.cu` is compiled when it is listed here.
-pub const FAMILIES: &[&Family] =
-    &[&depthwise::FAMILY, &head::FAMILY, &input::FAMILY, &optimizer::FAMILY, &squeeze_excite::FAMILY];
+pub const FAMILIES: &[&Family] = &[
+    &conv3x3::FAMILY,
+    &depthwise::FAMILY,
+    &head::FAMILY,
+    &input::FAMILY,
+    &optimizer::FAMILY,
+    &pointwise::FAMILY,
+    &squeeze_excite::FAMILY,
+    &stem::FAMILY,
+];

@@ -31,7 +31,27 @@ pub enum Input<'a, 'b, T> {
     },
 }
 
+/// The variant of an [`Input`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum InputKind {
+    /// [`Input::Plain`].
+    Plain,
+    /// [`Input::Silu`].
+    Silu,
+    /// [`Input::Gated`].
+    Gated,
+}
+
 impl<T: RawElement> Input<'_, '_, T> {
+    /// Its variant.
+    pub fn kind(&self) -> InputKind {
+        match self {
+            Self::Plain(_) => InputKind::Plain,
+            Self::Silu { .. } => InputKind::Silu,
+            Self::Gated { .. } => InputKind::Gated,
+        }
+    }
+
     /// Adds its buffers to the operands of an operation.
     pub(super) fn check(&self, operands: &mut Operands<'_>, shape: Shape) -> Result<()> {
         match self {
@@ -202,8 +222,8 @@ pub enum Output<'a, 'b, T> {
     },
 }
 
-/// Which [`Output`] it is, for a description of the launch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The variant of an [`Output`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum OutputKind {
     /// [`Output::Plain`].
     Plain,
@@ -211,18 +231,30 @@ pub enum OutputKind {
     Moments,
     /// [`Output::Folded`].
     Folded {
-        /// Whether there is one.
+        /// Whether there is a skip.
         skip: bool,
     },
 }
 
-impl<T> Output<'_, '_, T> {
-    /// Which it is.
-    pub const fn kind(&self) -> OutputKind {
+impl<T: RawElement> Output<'_, '_, T> {
+    /// Its variant.
+    pub fn kind(&self) -> OutputKind {
         match self {
             Self::Plain => OutputKind::Plain,
             Self::Moments(_) => OutputKind::Moments,
             Self::Folded { skip, .. } => OutputKind::Folded { skip: skip.is_some() },
+        }
+    }
+
+    /// Adds its buffers to the operands of an operation whose output has `shape`.
+    pub(super) fn check(&self, operands: &mut Operands<'_>, shape: Shape) -> Result<()> {
+        match self {
+            Self::Plain => Ok(()),
+            Self::Moments(statistics) => statistics.check(operands, shape.c),
+            Self::Folded { bias, skip, .. } => {
+                operands.read("bias", *bias, shape.c)?;
+                skip.map_or(Ok(()), |skip| operands.read("skip", skip, shape.elements()))
+            }
         }
     }
 }
@@ -252,6 +284,47 @@ pub enum GradientOutput<'a, 'b, T> {
         /// \[5, n, c\], written.
         sums: &'a mut CudaViewMut<'b, f32>,
     },
+}
+
+/// The variant of a [`GradientOutput`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum GradientKind {
+    /// [`GradientOutput::Plain`].
+    Plain {
+        /// Whether there is a skip.
+        skip: bool,
+    },
+    /// [`GradientOutput::Silu`].
+    Silu,
+    /// [`GradientOutput::Gated`].
+    Gated,
+}
+
+impl<T: RawElement> GradientOutput<'_, '_, T> {
+    /// Its variant.
+    pub fn kind(&self) -> GradientKind {
+        match self {
+            Self::Plain { skip } => GradientKind::Plain { skip: skip.is_some() },
+            Self::Silu { .. } => GradientKind::Silu,
+            Self::Gated { .. } => GradientKind::Gated,
+        }
+    }
+
+    /// Adds its buffers to the operands of an operation whose input has `shape`.
+    pub(super) fn check(&self, operands: &mut Operands<'_>, shape: Shape) -> Result<()> {
+        match self {
+            Self::Plain { skip } => skip.map_or(Ok(()), |skip| operands.read("skip", skip, shape.elements())),
+            Self::Silu { y, debt } => {
+                operands.read("the producer's y", *y, shape.elements())?;
+                debt.check(operands, shape.c)
+            }
+            Self::Gated { y, norm, sums } => {
+                operands.read("the producer's y", *y, shape.elements())?;
+                operands.read("the producer's norm", *norm, 4 * shape.c)?;
+                operands.write("sums", &**sums, 5 * shape.n * shape.c)
+            }
+        }
+    }
 }
 
 /// `NormFinish` of `kernels/include/batch_norm.cuh`. Addresses of 0 are null pointers.

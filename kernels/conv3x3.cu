@@ -1,0 +1,334 @@
+// Dense 3x3 convolution of stride 1 or 2 as implicit GEMM, in all three directions.
+//
+// x [images, height, width, inputs], y and g [images, out_height, out_width, outputs], weight [outputs, 3, 3, inputs] and dx
+// like x are of type T, f32, f16 or bf16; everything else, dweight too, is f32, and so are all sums, in a fixed order.
+// Channels are multiples of 8, arrays aligned to 16 bytes. With s the stride, x being zero outside the image:
+//
+//   y[n, oh, ow, o]         = sum over kh, kw, i of x[n, s oh + kh - pad_top, s ow + kw - pad_left, i] weight[o, kh, kw, i]
+//   dy                      = a g + b y + c, owed [3, outputs] = a, b, c; f16 and bf16 round it before they multiply
+//   dweight[o, kh, kw, i]  += sum over n, oh, ow of dy[n, oh, ow, o] x[n, s oh + kh - pad_top, s ow + kw - pad_left, i]
+//   dx[n, ih, iw, i]        = skip + sum over o and the kh, kw that reach ih, iw of dy[n, oh, ow, o] weight[o, kh, kw, i]
+//
+// The mainloop is gemm.cuh: 128 x 128 (wide), 128 x 64 (narrow), 128 x 32 (slim) or, for dweight, 64 x 128 tiles; f16 and bf16 on
+// tensor cores, f32 in plain arithmetic. Nothing is lowered in memory: the loaders below gather what lies under the kernel,
+// 16 bytes of a pixel's channels at a time. Each direction is 18 * outputs * inputs operations for each pixel of y. Blocks
+// have 256 threads, slim ones 128.
+//
+// conv3x3_fprop: rows are pixels of y, k is (kh, kw, i), as it lies in the weights. Stores y as ForwardOutput says: with the
+//   moments of batch norm, or folded for inference. Grid runs * groups as in GemmGrid, groups of `bn` outputs. Least bytes: x,
+//   weight and y once, skip if any; partial moments.
+// conv3x3_dgrad: rows are pixels of x, k is (tap, o). With stride 2 the pixels of x are four classes, by whether row and column
+//   are odd, that are reached by 1, 2, 2 and 4 taps: four products in one launch, no tap of which is a zero. Grid the sum
+//   over classes of runs * groups, groups of `bn` inputs. Least bytes: g, y, weight and dx once, skip if any.
+// conv3x3_wgrad: rows are outputs, columns (kh, kw, i), k are pixels of y. Grid splits * tiles as in WeightGrid. Least bytes: g,
+//   y, x and twice dweight; with splits their partial tiles.
+
+#include "include/gemm_epilogue.cuh"
+#include "include/gemm_operands.cuh"
+#include "include/gemm_weight.cuh"
+
+namespace {
+
+constexpr unsigned side = 3, taps = side * side;
+
+template <class T> using Wide = GemmTile<T, 128, 128, 2, 4, 3>;
+template <class T> using Narrow = GemmTile<T, 128, 64, 4, 2, 3>;
+template <class T> using Slim = GemmTile<T, 128, 32, 4, 1, 3>;
+template <class T> using Weights = GemmTile<T, 64, 128, 2, 4, 3>;
+
+/// Where pixels of y lie in x.
+struct ConvShape {
+    /// Of y.
+    unsigned pixels;
+    /// Of x.
+    unsigned height, width;
+    unsigned stride, pad_top, pad_left;
+    FastDivisor out_width, out_height, inputs;
+};
+
+/// The pixel of x under the first tap of a pixel of y. It may lie outside, even before the beginning; so may its offset.
+struct Corner {
+    int row, column;
+    unsigned offset;
+
+    Corner() = default;
+    __device__ __forceinline__ Corner(const ConvShape& s, unsigned pixel) {
+        const unsigned line = s.out_width.quotient(pixel), image = s.out_height.quotient(line);
+        row = int((line - image * s.out_height.divisor) * s.stride) - int(s.pad_top);
+        column = int((pixel - line * s.out_width.divisor) * s.stride) - int(s.pad_left);
+        offset = ((image * s.height + unsigned(row)) * s.width + unsigned(column)) * s.inputs.divisor;
+    }
+};
+
+/// The operand of fprop [pixels of y, (tap, input)]: x under the kernel.
+template <class T> struct ConvInput {
+    static constexpr unsigned sources = 1;
+    static constexpr bool may_transform = false;
+    const T* x;
+    ConvShape shape;
+
+    struct Row {
+        /// Of the corner; bit t: tap t is within the image.
+        unsigned offset, reached;
+    };
+
+    __device__ __forceinline__ Row row(unsigned pixel) const {
+        if (pixel >= shape.pixels) return {0, 0};
+        const Corner corner(shape, pixel);
+        unsigned columns = 0, reached = 0;
+#pragma unroll
+        for (unsigned k = 0; k < side; ++k)
+            if (unsigned(corner.column + int(k)) < shape.width) columns |= 1u << k;
+#pragma unroll
+        for (unsigned k = 0; k < side; ++k)
+            if (unsigned(corner.row + int(k)) < shape.height) reached |= columns << (side * k);
+        return {corner.offset, reached};
+    }
+    __device__ __forceinline__ GemmPlace place(const Row& row, unsigned k) const {
+        // Of k beyond the last tap the bit is 0.
+        const unsigned tap = shape.inputs.quotient(k), kh = tap / side, kw = tap - kh * side;
+        const unsigned step = (kh * shape.width + kw - tap) * shape.inputs.divisor + k;
+        return {row.offset + step, (row.reached >> tap & 1) != 0};
+    }
+    __device__ __forceinline__ const T* base(unsigned) const { return x; }
+};
+
+/// The same as memory rows of wgrad, pixel by pixel, where a thread always has the same columns, that is, one tap.
+template <class T> struct ConvPixels {
+    static constexpr unsigned sources = 1;
+    static constexpr bool may_transform = false;
+    const T* x;
+    ConvShape shape;
+    /// Where the split ends.
+    unsigned end;
+
+    using Row = Corner;
+
+    __device__ __forceinline__ Row row(unsigned pixel) const {
+        Corner corner(shape, pixel);
+        if (pixel >= end) corner.row = int(shape.height);
+        return corner;
+    }
+    __device__ __forceinline__ GemmPlace place(const Row& row, unsigned column) const {
+        const unsigned tap = shape.inputs.quotient(column), kh = tap / side, kw = tap - kh * side;
+        const unsigned step = (kh * shape.width + kw - tap) * shape.inputs.divisor + column;
+        const bool inside = unsigned(row.row + int(kh)) < shape.height && unsigned(row.column + int(kw)) < shape.width;
+        return {row.offset + step, inside && tap < taps};
+    }
+    __device__ __forceinline__ const T* base(unsigned) const { return x; }
+};
+
+/// Pixels of x that the same taps reach: all of them, or with stride 2 every other row and column from the first ones on.
+/// Tap (i, j) of the class is tap (first_kernel_row + stride i, first_kernel_column + stride j), and takes pixel (r, c) of
+/// the class to pixel (out_row + r - i, out_column + c - j) of y.
+struct GradientClass {
+    FastDivisor columns, rows, taps_across;
+    unsigned taps_down, first_row, first_column, first_kernel_row, first_kernel_column, out_row, out_column;
+    /// Of the class; row tiles of a run; the class's first block.
+    unsigned pixels, tiles, first_block;
+};
+
+struct GradientShape {
+    unsigned height, width, out_height, out_width, stride, inputs;
+    FastDivisor outputs;
+    /// Column groups of a class.
+    unsigned groups;
+    /// With stride 1 the first alone. Those that are not there begin at the end of the grid.
+    GradientClass classes[4];
+};
+
+/// The operand of dgrad [pixels of the class, (tap, output)]: dy where the taps take them.
+template <class T> struct ConvGradient {
+    static constexpr unsigned sources = 2;
+    static constexpr bool may_transform = true, keeps_rows = true;
+    const T *g, *y;
+    const float* owed;
+    unsigned out_height, out_width;
+    FastDivisor outputs;
+    const GradientClass& own;
+
+    struct Row {
+        unsigned offset, reached;
+    };
+    using Columns = OwedColumns;
+
+    __device__ __forceinline__ Row row(unsigned pixel) const {
+        if (pixel >= own.pixels) return {0, 0};
+        const unsigned line = own.columns.quotient(pixel), image = own.rows.quotient(line);
+        const unsigned row = own.out_row + line - image * own.rows.divisor;
+        const unsigned column = own.out_column + pixel - line * own.columns.divisor;
+        unsigned columns = 0, reached = 0;
+#pragma unroll
+        for (unsigned k = 0; k < side; ++k)
+            if (k < own.taps_across.divisor && column - k < out_width) columns |= 1u << k;
+#pragma unroll
+        for (unsigned k = 0; k < side; ++k)
+            if (k < own.taps_down && row - k < out_height) reached |= columns << (own.taps_across.divisor * k);
+        return {((image * out_height + row) * out_width + column) * outputs.divisor, reached};
+    }
+    __device__ __forceinline__ GemmPlace place(const Row& row, unsigned k) const {
+        const unsigned tap = outputs.quotient(k), down = own.taps_across.quotient(tap);
+        const unsigned across = tap - down * own.taps_across.divisor;
+        const unsigned back = (down * out_width + across + tap) * outputs.divisor;
+        return {row.offset + k - back, (row.reached >> tap & 1) != 0};
+    }
+    __device__ __forceinline__ const T* base(unsigned source) const { return source == 0 ? g : y; }
+    __device__ __forceinline__ bool transforms() const { return true; }
+
+    __device__ __forceinline__ Columns columns(unsigned k) const {
+        const unsigned channel = k - outputs.quotient(k) * outputs.divisor;
+        Columns v;
+        load_vector(owed + channel, v.a);
+        load_vector(owed + outputs.divisor + channel, v.b);
+        load_vector(owed + 2 * outputs.divisor + channel, v.c);
+        return v;
+    }
+    __device__ __forceinline__ void transform(float (&x)[4], const float (&second)[4], const Row&,
+                                              const Columns& v) const {
+#pragma unroll
+        for (unsigned j = 0; j < 4; ++j) x[j] = v.a[j] * x[j] + (v.b[j] * second[j] + v.c[j]);
+    }
+};
+
+/// The weights as dgrad's memory rows (tap, output) [inputs].
+template <class T> struct ConvTaps {
+    static constexpr unsigned sources = 1;
+    static constexpr bool may_transform = false;
+    const T* weight;
+    unsigned inputs, stride;
+    FastDivisor outputs;
+    const GradientClass& own;
+
+    struct Row {
+        unsigned offset;
+        bool inside;
+    };
+
+    __device__ __forceinline__ Row row(unsigned k) const {
+        const unsigned tap = outputs.quotient(k), down = own.taps_across.quotient(tap);
+        const unsigned across = tap - down * own.taps_across.divisor, output = k - tap * outputs.divisor;
+        const unsigned kh = own.first_kernel_row + stride * down, kw = own.first_kernel_column + stride * across;
+        return {((output * side + kh) * side + kw) * inputs, down < own.taps_down};
+    }
+    __device__ __forceinline__ GemmPlace place(const Row& row, unsigned column) const {
+        return {row.offset + column, row.inside && column < inputs};
+    }
+    __device__ __forceinline__ const T* base(unsigned) const { return weight; }
+};
+
+/// Stores dx, plus skip, for the pixels of a class.
+template <class T> struct ConvGradientEpilogue {
+    struct Extra {
+        Pack8<T> skip;
+        unsigned offset;
+        bool inside;
+    };
+    T* dx;
+    const T* skip;
+    unsigned height, width, stride, inputs;
+    const GradientClass& own;
+
+    __device__ __forceinline__ Extra prefetch(unsigned pixel, unsigned column) const {
+        const unsigned line = own.columns.quotient(pixel), image = own.rows.quotient(line);
+        const unsigned row = own.first_row + stride * (line - image * own.rows.divisor);
+        const unsigned at = own.first_column + stride * (pixel - line * own.columns.divisor);
+        Extra extra{};
+        extra.offset = ((image * height + row) * width + at) * inputs + column;
+        extra.inside = pixel < own.pixels && column < inputs;
+        if (skip && extra.inside) extra.skip = load_pack8(skip + extra.offset);
+        return extra;
+    }
+    __device__ __forceinline__ void store(unsigned, unsigned, float (&x)[8], const Extra& extra) {
+        if (!extra.inside) return;
+        float other[8];
+        unpack8(extra.skip, other);
+#pragma unroll
+        for (unsigned j = 0; j < 8; ++j) x[j] += other[j];
+        store8(dx + extra.offset, x);
+    }
+};
+
+template <class Tile, class T>
+__device__ __forceinline__ void fprop(const T* x, const T* weight, const ForwardOutput<T>& to, const ConvShape& shape,
+                                      unsigned outputs, const GemmGrid& grid, const NormFinish& norm, float* partial,
+                                      unsigned* counters) {
+    using Memory = GemmMemory<Tile, ConvInput<T>, GemmMatrix<T>>;
+    const unsigned k = taps * shape.inputs.divisor;
+    const ConvInput<T> rows{x, shape};
+    const GemmMatrix<T> columns{weight, outputs, k};
+    ForwardEpilogue<Tile> epilogue(to, shape.pixels, outputs, dynamic_shared<float>(Memory::bytes));
+    gemm<Tile, Major::k, Major::k>(rows, columns, grid.walk<Tile>(shape.pixels, k), epilogue);
+    epilogue.finish(grid, partial, counters, norm);
+}
+
+template <class Tile, class T>
+__device__ __forceinline__ void dgrad(const T* g, const T* y, const float* owed, const T* weight, const T* skip, T* dx,
+                                      const GradientShape& s) {
+    unsigned of = 0;
+#pragma unroll
+    for (unsigned k = 1; k < 4; ++k)
+        if (blockIdx.x >= s.classes[k].first_block) of = k;
+    const GradientClass& own = s.classes[of];
+    const unsigned block = blockIdx.x - own.first_block, run = block / s.groups, group = block - run * s.groups;
+    const unsigned first = run * own.tiles * Tile::bm, k = own.taps_down * own.taps_across.divisor * s.outputs.divisor;
+    const GemmWalk walk{first, min(own.tiles, (own.pixels - first + Tile::bm - 1) / Tile::bm), group * Tile::bn, 0,
+                        (k + Tile::bk - 1) / Tile::bk};
+    const ConvGradient<T> rows{g, y, owed, s.out_height, s.out_width, s.outputs, own};
+    const ConvTaps<T> columns{weight, s.inputs, s.stride, s.outputs, own};
+    ConvGradientEpilogue<T> epilogue{dx, skip, s.height, s.width, s.stride, s.inputs, own};
+    gemm<Tile, Major::k, Major::rows>(rows, columns, walk, epilogue);
+}
+
+template <class Tile, class T>
+__device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed, const T* x, float* dweight,
+                                      const ConvShape& shape, unsigned outputs, const WeightGrid& grid, float* partial,
+                                      unsigned* counters) {
+    const unsigned tiles = grid.row_tiles * grid.column_tiles, width = taps * shape.inputs.divisor;
+    const unsigned tile = blockIdx.x % tiles, first = blockIdx.x / tiles * grid.steps * Tile::bk;
+    const unsigned end = min(shape.pixels, first + grid.steps * Tile::bk);
+    const GemmGradient<T> rows{g, y, owed, nullptr, end, outputs, outputs, {}};
+    const ConvPixels<T> columns{x, shape, end};
+    const GemmWalk walk{tile / grid.column_tiles * Tile::bm, 1, tile % grid.column_tiles * Tile::bn, first,
+                        (end - first + Tile::bk - 1) / Tile::bk};
+    WeightEpilogue<Tile> epilogue{dweight, partial, outputs, width, grid.splits == 1};
+    gemm<Tile, Major::rows, Major::rows>(rows, columns, walk, epilogue);
+    if (grid.splits > 1) add_partial<Tile>(dweight, outputs, width, grid, partial, counters);
+}
+
+} // namespace
+
+#define EFFNETV2_CONV3X3(suffix, T, Tile)                                                                    \
+    extern "C" __global__ void __launch_bounds__(Tile<T>::threads, 512 / Tile<T>::threads) conv3x3_fprop_##suffix( \
+        const T* x, const T* weight, T* y, const float* bias, const T* skip, float* partial,                 \
+        unsigned* counters, const NormFinish norm, const ConvShape shape, unsigned outputs, unsigned silu,   \
+        unsigned moments, const GemmGrid grid) {                                                             \
+        fprop<Tile<T>>(x, weight, ForwardOutput<T>{y, bias, skip, silu, moments}, shape, outputs, grid,      \
+                       norm, partial, counters);                                                             \
+    }                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(Tile<T>::threads, 512 / Tile<T>::threads)                   \
+        conv3x3_dgrad_##suffix(const T* g, const T* y, const float* owed, const T* weight, const T* skip,    \
+                               T* dx, const GradientShape shape) {                                           \
+        dgrad<Tile<T>>(g, y, owed, weight, skip, dx, shape);                                                 \
+    }                                                                                                        \
+    EFFNETV2_KERNEL(conv3x3_fprop_##suffix)                                                                  \
+    EFFNETV2_KERNEL(conv3x3_dgrad_##suffix)
+
+#define EFFNETV2_CONV3X3_WGRAD(suffix, T)                                                                    \
+    extern "C" __global__ void __launch_bounds__(Weights<T>::threads, 2)                                     \
+        conv3x3_wgrad_##suffix(const T* g, const T* y, const float* owed, const T* x, float* dweight,        \
+                               float* partial, unsigned* counters, const ConvShape shape, unsigned outputs,  \
+                               const WeightGrid grid) {                                                      \
+        wgrad<Weights<T>>(g, y, owed, x, dweight, shape, outputs, grid, partial, counters);                  \
+    }                                                                                                        \
+    EFFNETV2_KERNEL(conv3x3_wgrad_##suffix)
+
+EFFNETV2_CONV3X3(narrow_f32, float, Narrow)
+EFFNETV2_CONV3X3(narrow_f16, f16, Narrow)
+EFFNETV2_CONV3X3(narrow_bf16, bf16, Narrow)
+EFFNETV2_CONV3X3(wide_f16, f16, Wide)
+EFFNETV2_CONV3X3(wide_bf16, bf16, Wide)
+EFFNETV2_CONV3X3(slim_f16, f16, Slim)
+EFFNETV2_CONV3X3(slim_bf16, bf16, Slim)
+EFFNETV2_CONV3X3_WGRAD(f32, float)
+EFFNETV2_CONV3X3_WGRAD(f16, f16)
+EFFNETV2_CONV3X3_WGRAD(bf16, bf16)

@@ -1,0 +1,442 @@
+// The mainloop of every dense product: C[m, n] = sum over k of A(m, k) B(n, k), on tensor cores for f16 and bf16, in plain
+// f32 arithmetic for f32; sums in f32, k ascending within a tensor-core step of 16.
+//
+// A kernel is a mainloop, two loaders and an epilogue:
+//
+//     using Tile = GemmTile<bf16, 128, 64, 4, 2, 3>;      // block 128 x 64, 4 x 2 warps, 3 stages
+//     gemm<Tile, Major::k, Major::k>(a, b, walk, epilogue);
+//
+// A block of Tile::threads threads computes, for one range of columns, `walk.tiles` row tiles one after the other: rows
+// walk.first_row + i Tile::bm .. of A, columns walk.first_column .. + Tile::bn (rows of B), over walk.k_steps steps of
+// Tile::bk from walk.first_k on. The steps of all tiles are one pipeline: while a tile is being stored, the next one is
+// already being fetched. Dynamic shared memory: GemmMemory<Tile, A, B>::bytes.
+//
+// Operands and loaders. `Major::k`: consecutive k lie side by side, memory is [rows, k]; `Major::rows`: memory is
+// [k, rows], transposed on its way to the tensor cores. So fprop is <k, k>, dgrad <k, rows> and wgrad <rows, rows>, its k
+// being the pixels. A loader knows nothing of that: it is asked for 16 bytes of memory row r from column c on, c a
+// multiple of Tile::chunk (8 elements of 16 bits, 4 of 32), and of `Major::k` r is the operand's row and c the k, of
+// `Major::rows` the other way round. It has
+//
+//     static constexpr unsigned sources;              // 1, or 2: a value is made of two tensors of one shape
+//     struct Row;                                     // what it likes to know of a memory row, best 1 to 3 registers
+//     Row row(unsigned r) const;                      // r may be out of range
+//     GemmPlace place(const Row&, unsigned c) const;  // offset in elements, and whether it is inside; else it is zero
+//     const T* base(unsigned source) const;
+//     static constexpr bool may_transform;            // if not, the rest is not needed
+//     static constexpr bool keeps_rows;               // keep them in registers for transform: row() is dear
+//     bool transforms() const;                        // the same for all threads
+//     struct Columns;                                 // what transform needs of the 4 columns from c on, if anything
+//     Columns columns(unsigned c) const;              // c may be out of range: then anything may be returned
+//     void transform(float (&x)[4], const float (&second)[4], const Row&, const Columns&) const;
+//
+// row() is asked once for each row tile where r is a row of the operand, and in every step where it is a k or the loader
+// transforms and does not keep rows; place() and columns() in every step. Everything comes by cp.async, `stages - 1` steps ahead, without a register held; a loader that
+// transforms does it in shared memory one step before the product, each thread the pieces that it fetched, so that no
+// barrier is added and a value is made once for a block. What is outside stays zero: transform() never sees it.
+// GemmMatrix below is the loader of a plain matrix.
+//
+// Epilogues. A warp turns its part of the tile, 16 or 8 rows at a time, through its own piece of shared memory, after which
+// a lane has eight neighbouring columns of a row, so that all global accesses are of 16 bytes:
+//
+//     struct Extra;                                              // what else is read for these eight, or empty
+//     Extra prefetch(unsigned row, unsigned column) const;       // issued before x is there
+//     void store(unsigned row, unsigned column, float (&x)[8], const Extra&);
+//
+// for row and column in C, by all lanes of a warp together, also where they are outside: the epilogue checks. In all tiles
+// of a block a thread has the same columns, first_column + GemmThread<Tile>::column .. + 7, so sums over rows stay in
+// registers, and gemm_column_sums adds them up over the block at the end, in a fixed order.
+//
+// Shared memory is free of bank conflicts: pieces of 16 bytes are swizzled by XOR with their row.
+#pragma once
+
+#include "ptx.cuh"
+#include "types.cuh"
+
+/// What is side by side in an operand's memory.
+enum class Major { k, rows };
+
+/// Of a block: bm x bn of C in steps of 64 bytes of k, by warps_m x warps_n warps.
+template <class Element, unsigned block_m, unsigned block_n, unsigned along_m, unsigned along_n, unsigned depth>
+struct GemmTile {
+    using T = Element;
+    static constexpr unsigned bm = block_m, bn = block_n, warps_m = along_m, warps_n = along_n, stages = depth;
+    static constexpr unsigned threads = 32 * warps_m * warps_n;
+    static constexpr unsigned chunk = 16 / sizeof(T), bk = 4 * chunk;
+    /// Of a warp: wm x wn, in fragments of 16 x 8.
+    static constexpr unsigned wm = bm / warps_m, wn = bn / warps_n;
+    static constexpr unsigned fragments_m = wm / 16, fragments_n = wn / 8;
+    static_assert(bm % (16 * warps_m) == 0 && bn % (16 * warps_n) == 0 && bm >= 64 && bn >= 32 && stages >= 2);
+    /// A warp's piece for the turn: 16 or 8 rows, 8 floats apart from a multiple of 32 banks.
+    static constexpr unsigned turn_rows = wn < 64 ? 16 : 8, turn_pitch = wn + 8, turn_floats = turn_rows * turn_pitch;
+};
+
+/// Where 16 bytes lie, and whether they exist.
+struct GemmPlace {
+    unsigned offset;
+    bool inside;
+};
+
+/// The tiles of a block.
+struct GemmWalk {
+    unsigned first_row, tiles, first_column, first_k, k_steps;
+};
+
+/// A thread's place in the turned tile.
+template <class Tile> struct GemmThread {
+    static constexpr unsigned groups = Tile::wn / 8, rows = 32 / groups;
+    unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    unsigned warp_m = warp / Tile::warps_n, warp_n = warp % Tile::warps_n;
+    /// The first of its columns within the tile.
+    unsigned column = warp_n * Tile::wn + lane % groups * 8;
+};
+
+template <class Tile, class A, class B> struct GemmMemory {
+    static constexpr unsigned a_elements = Tile::bm * Tile::bk, b_elements = Tile::bn * Tile::bk;
+    static constexpr unsigned stage_elements = A::sources * a_elements + B::sources * b_elements;
+    static constexpr unsigned pipeline = Tile::stages * stage_elements * sizeof(typename Tile::T);
+    static constexpr unsigned turn = Tile::threads / 32 * Tile::turn_floats * sizeof(float);
+    static constexpr unsigned bytes = pipeline + turn;
+};
+
+/// A matrix [height, width] as it lies, width a multiple of the chunk.
+template <class T> struct GemmMatrix {
+    static constexpr unsigned sources = 1;
+    static constexpr bool may_transform = false;
+    const T* data;
+    unsigned height, width;
+
+    struct Row {
+        unsigned offset;
+        bool inside;
+    };
+
+    __device__ __forceinline__ Row row(unsigned r) const { return {r * width, r < height}; }
+    __device__ __forceinline__ GemmPlace place(const Row& row, unsigned column) const {
+        return {row.offset + column, row.inside && column < width};
+    }
+    __device__ __forceinline__ const T* base(unsigned) const { return data; }
+};
+
+/// x / divisor for x < 2^31, by a multiplication. For a divisor of 1 the multiplier is 0; for others, with s the least
+/// number such that divisor <= 2^s, it is ceil(2^(31 + s) / divisor) and the shift s - 1: what it is too much is less
+/// than 2^s / divisor in 2^(31 + s), which x < 2^31 does not make a whole.
+struct FastDivisor {
+    unsigned divisor, multiplier, shift;
+
+    __device__ __forceinline__ unsigned quotient(unsigned x) const {
+        return multiplier == 0 ? x : __umulhi(x, multiplier) >> shift;
+    }
+};
+
+namespace gemm_detail {
+
+/// Four elements from or to shared memory.
+template <class T> __device__ __forceinline__ void load4(const T* from, float (&x)[4]) {
+    const uint2 bits = *reinterpret_cast<const uint2*>(from);
+    const float2 low = unpack2<T>(bits.x), high = unpack2<T>(bits.y);
+    x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
+}
+__device__ __forceinline__ void load4(const float* from, float (&x)[4]) {
+    const float4 v = load16<float4>(from);
+    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+}
+template <class T> __device__ __forceinline__ void store4(T* to, const float (&x)[4]) {
+    *reinterpret_cast<uint2*>(to) = make_uint2(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]));
+}
+__device__ __forceinline__ void store4(float* to, const float (&x)[4]) {
+    store16(to, make_float4(x[0], x[1], x[2], x[3]));
+}
+
+/// Whether a loader that transforms wants its rows kept in registers for it.
+template <class Loader> constexpr bool keeps_rows() {
+    if constexpr (Loader::may_transform)
+        return Loader::keeps_rows;
+    else
+        return false;
+}
+
+/// One operand: `width` rows of it and Tile::bk of k in shared memory, once for each source.
+template <class Tile, Major major, unsigned width, class Loader> struct Operand {
+    using T = typename Tile::T;
+    using Row = typename Loader::Row;
+    static constexpr unsigned chunk = Tile::chunk, elements = width * Tile::bk;
+    /// Pieces of 16 bytes in a row of shared memory, and the rows between those of one thread.
+    static constexpr unsigned across = (major == Major::k ? Tile::bk : width) / chunk, step = Tile::threads / across;
+    static constexpr unsigned down = major == Major::k ? width : Tile::bk, count = down / step;
+    static_assert(Tile::threads % across == 0 && down % step == 0, "every thread fetches as much");
+
+    const Loader& loader;
+    /// Of the tile that is being fetched, where memory rows are the operand's.
+    Row fetched[major == Major::k ? count : 1];
+    /// Of the tile that is being transformed, if its loader likes them kept.
+    static constexpr bool keeps = major == Major::k && keeps_rows<Loader>();
+    Row kept[keeps ? count : 1];
+
+    __device__ __forceinline__ explicit Operand(const Loader& l) : loader(l) {}
+
+    /// The piece `c` of row `r` of shared memory.
+    __device__ static __forceinline__ unsigned at(unsigned r, unsigned c) {
+        return (r * across + (across == 4 ? c ^ (r / 2 % 4) : c ^ (r % 8))) * chunk;
+    }
+
+    __device__ __forceinline__ void enter(unsigned first) {
+        if constexpr (major == Major::k)
+#pragma unroll
+            for (unsigned i = 0; i < count; ++i) fetched[i] = row(first, 0, i);
+    }
+
+    __device__ __forceinline__ void keep(unsigned first) {
+        if constexpr (keeps)
+#pragma unroll
+            for (unsigned i = 0; i < count; ++i) kept[i] = row(first, 0, i);
+    }
+
+    /// `first` is the operand's first row, `k` that of the step.
+    __device__ __forceinline__ void fetch(T* stage, unsigned first, unsigned k) {
+        const unsigned c = threadIdx.x % across, r = threadIdx.x / across;
+        const unsigned column = (major == Major::k ? k : first) + c * chunk;
+#pragma unroll
+        for (unsigned i = 0; i < count; ++i) {
+            const Row own = major == Major::k ? fetched[major == Major::k ? i : 0] : row(first, k, i);
+            const GemmPlace place = loader.place(own, column);
+            T* to = stage + at(r + i * step, c);
+#pragma unroll
+            for (unsigned s = 0; s < Loader::sources; ++s)
+                cp_async<16>(to + s * elements, loader.base(s) + (place.inside ? place.offset : 0u),
+                             place.inside ? 16u : 0u);
+        }
+    }
+
+    __device__ __forceinline__ void transform(T* stage, unsigned first, unsigned k) {
+        if constexpr (Loader::may_transform) {
+            if (!loader.transforms()) return;
+            const unsigned c = threadIdx.x % across, r = threadIdx.x / across;
+            const unsigned column = (major == Major::k ? k : first) + c * chunk;
+            // Four columns at a time, one after the other, for the registers; every other eight lanes begin with the last.
+#pragma unroll 1
+            for (unsigned four = 0; four < chunk; four += 4) {
+                const unsigned at_column = chunk == 4 ? 0 : four ^ (threadIdx.x / 2 & 4);
+                const typename Loader::Columns columns = loader.columns(column + at_column);
+#pragma unroll
+                for (unsigned i = 0; i < count; ++i) {
+                    const Row own = keeps ? kept[keeps ? i : 0] : row(first, k, i);
+                    if (!loader.place(own, column).inside) continue;
+                    T* piece = stage + at(r + i * step, c) + at_column;
+                    float x[4], second[4];
+                    load4(piece, x);
+                    if constexpr (Loader::sources == 2) load4(piece + elements, second);
+                    loader.transform(x, second, own, columns);
+                    store4(piece, x);
+                }
+            }
+        }
+    }
+
+  private:
+    /// Of this thread's piece `i`.
+    __device__ __forceinline__ Row row(unsigned first, unsigned k, unsigned i) const {
+        return loader.row((major == Major::k ? first : k) + threadIdx.x / across + i * step);
+    }
+};
+
+/// A step of a tile.
+struct Cursor {
+    unsigned tile = 0, step = 0;
+
+    __device__ __forceinline__ Cursor next(unsigned k_steps) const {
+        return step + 1 == k_steps ? Cursor{tile + 1, 0} : Cursor{tile, step + 1};
+    }
+};
+
+/// acc += A B^T of one step, on tensor cores.
+template <class Tile, Major a_major, Major b_major, class A, class B>
+__device__ __forceinline__ void multiply(const typename Tile::T* a, const typename Tile::T* b,
+                                         float (&acc)[Tile::fragments_m][Tile::fragments_n][4]) {
+    using T = typename Tile::T;
+    const GemmThread<Tile> thread;
+    const unsigned lane = thread.lane, matrix = lane / 8, r = lane % 8;
+    const unsigned m = thread.warp_m * Tile::wm, n = thread.warp_n * Tile::wn;
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll
+        for (unsigned k = 0; k < Tile::bk; k += 16) {
+            uint32_t columns[Tile::fragments_n][2];
+#pragma unroll
+            for (unsigned j = 0; j < Tile::fragments_n; j += 2) {
+                const unsigned column = n + 8 * j;
+                // Matrices: k 0.. and 8.. of columns 0.., then of columns 8...
+                uint32_t both[4];
+                if constexpr (b_major == Major::k)
+                    ldmatrix<4>(both, b + B::at(column + matrix / 2 * 8 + r, k / 8 + matrix % 2));
+                else
+                    ldmatrix_trans<4>(both, b + B::at(k + matrix % 2 * 8 + r, column / 8 + matrix / 2));
+                columns[j][0] = both[0], columns[j][1] = both[1];
+                columns[j + 1][0] = both[2], columns[j + 1][1] = both[3];
+            }
+#pragma unroll
+            for (unsigned i = 0; i < Tile::fragments_m; ++i) {
+                const unsigned row = m + 16 * i;
+                // Matrices: rows 0.. and 8.. of k 0.., then of k 8...
+                uint32_t rows[4];
+                if constexpr (a_major == Major::k)
+                    ldmatrix<4>(rows, a + A::at(row + matrix % 2 * 8 + r, k / 8 + matrix / 2));
+                else
+                    ldmatrix_trans<4>(rows, a + A::at(k + matrix / 2 * 8 + r, row / 8 + matrix % 2));
+#pragma unroll
+                for (unsigned j = 0; j < Tile::fragments_n; ++j)
+                    mma_m16n8k16<T>(acc[i][j], rows, columns[j], acc[i][j]);
+            }
+        }
+    } else {
+        // A thread has the same elements of C as with tensor cores: rows g, g + 8 and columns 2t, 2t + 1 of a fragment.
+        const unsigned g = lane / 4, t = lane % 4;
+#pragma unroll 1
+        for (unsigned k = 0; k < Tile::bk; k += 4) {
+            float rows[2 * Tile::fragments_m][4];
+#pragma unroll
+            for (unsigned i = 0; i < 2 * Tile::fragments_m; ++i) {
+                const unsigned row = m + 8 * i + g;
+                if constexpr (a_major == Major::k)
+                    load4(a + A::at(row, k / 4), rows[i]);
+                else
+#pragma unroll
+                    for (unsigned q = 0; q < 4; ++q) rows[i][q] = a[A::at(k + q, row / 4) + row % 4];
+            }
+#pragma unroll
+            for (unsigned j = 0; j < 2 * Tile::fragments_n; ++j) {
+                const unsigned column = n + j / 2 * 8 + 2 * t + j % 2;
+                float columns[4];
+                if constexpr (b_major == Major::k)
+                    load4(b + B::at(column, k / 4), columns);
+                else
+#pragma unroll
+                    for (unsigned q = 0; q < 4; ++q) columns[q] = b[B::at(k + q, column / 4) + column % 4];
+#pragma unroll
+                for (unsigned q = 0; q < 4; ++q)
+#pragma unroll
+                    for (unsigned i = 0; i < 2 * Tile::fragments_m; ++i)
+                        acc[i / 2][j / 2][i % 2 * 2 + j % 2] += rows[i][q] * columns[q];
+            }
+        }
+    }
+}
+
+/// Hands the tile whose first row is `first_row` to the epilogue, turn_rows rows of a warp at a time.
+template <class Tile, class Epilogue>
+__device__ __forceinline__ void turn(float* memory, const float (&acc)[Tile::fragments_m][Tile::fragments_n][4],
+                                     unsigned first_row, unsigned first_column, Epilogue& epilogue) {
+    using Thread = GemmThread<Tile>;
+    const Thread thread;
+    float* piece = memory + thread.warp * Tile::turn_floats;
+    const unsigned g = thread.lane / 4, t = thread.lane % 4;
+    const unsigned r = thread.lane / Thread::groups, c = thread.lane % Thread::groups * 8;
+    const unsigned column = first_column + thread.column;
+    constexpr unsigned eights = Tile::turn_rows / 8, count = Tile::turn_rows / Thread::rows;
+#pragma unroll
+    for (unsigned i = 0; i < 2 * Tile::fragments_m; i += eights) {
+        const unsigned row = first_row + thread.warp_m * Tile::wm + 8 * i + r;
+        __syncwarp();
+#pragma unroll
+        for (unsigned j = 0; j < Tile::fragments_n; ++j)
+#pragma unroll
+            for (unsigned h = 0; h < eights; ++h) {
+                const unsigned half = (i + h) % 2 * 2;
+                float* to = piece + (8 * h + g) * Tile::turn_pitch + 8 * j + 2 * t;
+                *reinterpret_cast<float2*>(to) = make_float2(acc[i / 2][j][half], acc[i / 2][j][half + 1]);
+            }
+        typename Epilogue::Extra extra[count];
+#pragma unroll
+        for (unsigned h = 0; h < count; ++h) extra[h] = epilogue.prefetch(row + h * Thread::rows, column);
+        __syncwarp();
+#pragma unroll
+        for (unsigned h = 0; h < count; ++h) {
+            float x[8];
+            load8(piece + (r + h * Thread::rows) * Tile::turn_pitch + c, x);
+            epilogue.store(row + h * Thread::rows, column, x, extra[h]);
+        }
+    }
+}
+
+} // namespace gemm_detail
+
+/// The products of a block, as said above. Once a kernel; shared memory may be used for other things after a barrier.
+template <class Tile, Major a_major, Major b_major, class A, class B, class Epilogue>
+__device__ __forceinline__ void gemm(const A& a, const B& b, const GemmWalk& walk, Epilogue& epilogue) {
+    using namespace gemm_detail;
+    using T = typename Tile::T;
+    using Memory = GemmMemory<Tile, A, B>;
+    using RowsOf = Operand<Tile, a_major, Tile::bm, A>;
+    using ColumnsOf = Operand<Tile, b_major, Tile::bn, B>;
+    constexpr unsigned stages = Tile::stages, b_begin = A::sources * Memory::a_elements;
+    RowsOf rows(a);
+    ColumnsOf columns(b);
+    T* pipeline = dynamic_shared<T>();
+    float* turned = dynamic_shared<float>(Memory::pipeline);
+    const auto first_row = [&](const Cursor& at) { return walk.first_row + at.tile * Tile::bm; };
+    const auto first_k = [&](const Cursor& at) { return walk.first_k + at.step * Tile::bk; };
+
+    columns.enter(walk.first_column);
+    Cursor fetched, done;
+    const auto fetch = [&](unsigned slot) {
+        if (fetched.tile < walk.tiles) {
+            if (fetched.step == 0) rows.enter(first_row(fetched));
+            T* stage = pipeline + slot * Memory::stage_elements;
+            rows.fetch(stage, first_row(fetched), first_k(fetched));
+            columns.fetch(stage + b_begin, walk.first_column, first_k(fetched));
+            fetched = fetched.next(walk.k_steps);
+        }
+        cp_async_commit_group();
+    };
+    const auto transform = [&](const Cursor& at, unsigned slot) {
+        cp_async_wait_group<int(stages) - 2>();
+        if (at.tile == walk.tiles) return;
+        if (at.step == 0) rows.keep(first_row(at));
+        T* stage = pipeline + slot * Memory::stage_elements;
+        rows.transform(stage, first_row(at), first_k(at));
+        columns.transform(stage + b_begin, walk.first_column, first_k(at));
+    };
+
+    float acc[Tile::fragments_m][Tile::fragments_n][4] = {};
+#pragma unroll
+    for (unsigned s = 0; s + 1 < stages; ++s) fetch(s);
+    transform(done, 0);
+    unsigned slot = 0;
+    while (done.tile < walk.tiles) {
+        // All threads have brought this step, and are through with the one before, whose memory is fetched into next.
+        __syncthreads();
+        fetch(slot == 0 ? stages - 1 : slot - 1);
+        const T* stage = pipeline + slot * Memory::stage_elements;
+        multiply<Tile, a_major, b_major, RowsOf, ColumnsOf>(stage, stage + b_begin, acc);
+        const Cursor next = done.next(walk.k_steps);
+        if (next.step == 0) {
+            turn<Tile>(turned, acc, first_row(done), walk.first_column, epilogue);
+#pragma unroll
+            for (auto& fragments : acc)
+#pragma unroll
+                for (auto& fragment : fragments)
+#pragma unroll
+                    for (float& sum : fragment) sum = 0.0f;
+        }
+        done = next;
+        if (++slot == stages) slot = 0;
+        transform(done, slot);
+    }
+}
+
+/// Adds up what the warps' lanes have of each column: shared[warp row][k][column of the tile], valid after the barrier
+/// that ends it. `shared` may lie where the pipeline was.
+template <class Tile, unsigned count>
+__device__ __forceinline__ void gemm_column_sums(float (&sum)[count][8], float (&shared)[Tile::warps_m][count][Tile::bn]) {
+    using Thread = GemmThread<Tile>;
+    const Thread thread;
+    __syncthreads();
+#pragma unroll
+    for (unsigned k = 0; k < count; ++k)
+#pragma unroll
+        for (unsigned j = 0; j < 8; ++j) {
+#pragma unroll
+            for (unsigned offset = Thread::groups; offset < 32; offset *= 2)
+                sum[k][j] += __shfl_xor_sync(0xffffffffu, sum[k][j], int(offset));
+            if (thread.lane < Thread::groups) shared[thread.warp_m][k][thread.column + j] = sum[k][j];
+        }
+    __syncthreads();
+}

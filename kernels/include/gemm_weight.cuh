@@ -1,0 +1,84 @@
+// How a gradient of weights, dW [height, width] += sum over pixels of dy^T x, is cut and put together: Major::rows of both
+// operands in gemm.cuh, k being the pixels. The pixels are cut into `splits`; a block has one of them and one tile of dW and
+// leaves it in `partial` [splits, tiles, bm, bn]. The last blocks to come add the tiles of all splits to dW, in a fixed order:
+// of each `radix` splits first, then of those sums. Without splits a block adds its tile to dW itself.
+#pragma once
+
+#include "gemm.cuh"
+#include "last_block.cuh"
+
+/// How the pixels and dW are cut: `splits` of `steps` steps of the mainloop; tiles along outputs and inputs. Blocks of one
+/// split follow each other, since they read the same pixels.
+struct WeightGrid {
+    unsigned steps, splits, row_tiles, column_tiles;
+};
+
+/// Stores a tile of dW: added to it, or as the block's partial result.
+template <class Tile> struct WeightEpilogue {
+    struct Extra {
+        Pack8<float> before;
+    };
+    float *dweight, *partial;
+    unsigned height, width;
+    bool add;
+
+    __device__ __forceinline__ Extra prefetch(unsigned row, unsigned column) const {
+        Extra extra{};
+        if (add && row < height && column < width) extra.before = load_pack8(dweight + row * width + column);
+        return extra;
+    }
+    __device__ __forceinline__ void store(unsigned row, unsigned column, float (&x)[8], const Extra& extra) {
+        if (!add)
+            return store8(partial + (blockIdx.x * Tile::bm + row % Tile::bm) * Tile::bn + column % Tile::bn, x);
+        if (row >= height || column >= width) return;
+        float before[8];
+        unpack8(extra.before, before);
+#pragma unroll
+        for (unsigned j = 0; j < 8; ++j) x[j] += before[j];
+        store8(dweight + row * width + column, x);
+    }
+};
+
+/// Partial tiles that one block adds up: a block cannot read many as fast as many blocks.
+constexpr unsigned radix = 16;
+
+/// Of four neighbours the sum over `count` partial tiles, `stride` apart.
+__device__ __forceinline__ float4 sum_partial(const float* partial, unsigned count, unsigned stride) {
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+    for (unsigned i = 0; i < count; ++i) {
+        const float4 v = load16<float4, Cache::l2>(partial + i * stride);
+        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    }
+    return sum;
+}
+
+/// Adds the partial tiles of all splits to dW.
+template <class Tile>
+__device__ __forceinline__ void add_partial(float* dweight, unsigned outputs, unsigned inputs, const WeightGrid& grid,
+                                            float* partial, unsigned* counters) {
+    constexpr unsigned elements = Tile::bm * Tile::bn;
+    const unsigned tiles = grid.row_tiles * grid.column_tiles, tile = blockIdx.x % tiles, split = blockIdx.x / tiles;
+    const unsigned groups = (grid.splits + radix - 1) / radix, group = split / radix;
+    const unsigned members = min(radix, grid.splits - group * radix);
+    const auto each = [&](auto use) {
+        const unsigned first_row = tile / grid.column_tiles * Tile::bm;
+        const unsigned first_column = tile % grid.column_tiles * Tile::bn;
+        for (unsigned e = threadIdx.x * 4; e < elements; e += Tile::threads * 4) {
+            const unsigned row = first_row + e / Tile::bn, column = first_column + e % Tile::bn;
+            if (row < outputs && column < inputs) use(e, dweight + row * inputs + column);
+        }
+    };
+    const auto add = [&](unsigned step, unsigned count) {
+        each([&](unsigned e, float* to) {
+            const float4 sum = sum_partial(partial + tile * elements + e, count, step * tiles * elements);
+            const float4 before = load16<float4>(to);
+            store16(to, make_float4(before.x + sum.x, before.y + sum.y, before.z + sum.z, before.w + sum.w));
+        });
+    };
+    if (!is_last_block(counters + tile * groups + group, members)) return;
+    if (groups == 1) return add(1, members);
+    float* const of_group = partial + (group * radix * tiles + tile) * elements;
+    each([&](unsigned e, float*) { store16(of_group + e, sum_partial(of_group + e, members, tiles * elements)); });
+    if (is_last_block(counters + tiles * groups + tile, groups)) add(radix, groups);
+}

@@ -1,0 +1,168 @@
+// Pointwise (1x1) convolution and the classifier: y [pixels, outputs] = x [pixels, inputs] W^T, W [outputs, inputs].
+//
+// x, W, y and gradients of x and y are of type T, f32, f16 or bf16; everything else, dW too, is f32, and so are all sums,
+// in a fixed order. Channels are multiples of 8, arrays aligned to 16 bytes. x owes what GemmInput says (SiLU of a
+// normalisation, a gate), the gradient of y what GemmGradient says (batch norm's backward, stochastic depth); both are paid
+// on load. The mainloop is gemm.cuh: 128 x 128 (wide), 128 x 64 (narrow) or, for dW, 64 x 128 tiles; f16 and bf16 on
+// tensor cores, f32 in plain arithmetic. Each is 2 * pixels * inputs * outputs operations.
+//
+// pointwise_fprop: y, as ForwardOutput says: with the moments of batch norm, or folded for inference. Grid runs * groups as
+//   in GemmGrid, groups of `bn` outputs. Least bytes: x, W and y once, skip if any; partial moments 8 * runs * outputs
+//   twice.
+// pointwise_dgrad: dx = dy W, as GradientTarget says: plus skip, or times SiLU' with the two sums of batch norm's backward.
+//   Grid likewise, groups of inputs. Least bytes: g, its y, W, dx and skip or the input's y once; partial sums as above.
+// pointwise_dgrad_gated: dx and squeeze-excitation's five sums [5, images, inputs] of it (squeeze_excite.cu), of dx before
+//   it is rounded. Grid images * groups: a block has all pixels of its image.
+// pointwise_wgrad: dW += dy^T x. Grid splits * tiles as in WeightGrid: pixels are cut into `splits`, a block has one of them
+//   and one tile of dW. Least bytes: g, its y, x and twice dW; with splits their partial tiles, written and read.
+// pointwise_classifier_bias: dbias [classes] += the sums of dlogits [images, classes] over images, and, where rows of
+//   dlogits are not aligned, a copy of it with rows of `pitch` elements, 0 from `classes` on. Grid ceil(pitch / 32), block
+//   256. The classifier is otherwise pointwise_fprop with a bias, _dgrad and _wgrad.
+
+#include "include/gemm_epilogue.cuh"
+#include "include/gemm_operands.cuh"
+#include "include/gemm_weight.cuh"
+
+namespace {
+
+constexpr unsigned threads = 256;
+
+template <class T> using Wide = GemmTile<T, 128, 128, 2, 4, 3>;
+template <class T> using Narrow = GemmTile<T, 128, 64, 4, 2, 3>;
+template <class T> using Weights = GemmTile<T, 64, 128, 2, 4, 3>;
+
+template <class Tile, class T>
+__device__ __forceinline__ void fprop(const GemmInput<T>& x, const T* weight, const ForwardOutput<T>& to,
+                                      unsigned outputs, const GemmGrid& grid, const NormFinish& norm,
+                                      float* partial, unsigned* counters) {
+    using Memory = GemmMemory<Tile, GemmInput<T>, GemmMatrix<T>>;
+    const GemmMatrix<T> columns{weight, outputs, x.width};
+    ForwardEpilogue<Tile> epilogue(to, x.height, outputs, dynamic_shared<float>(Memory::bytes));
+    gemm<Tile, Major::k, Major::k>(x, columns, grid.walk<Tile>(x.height, x.width), epilogue);
+    epilogue.finish(grid, partial, counters, norm);
+}
+
+template <class Tile, class T>
+__device__ __forceinline__ void dgrad(const GemmGradient<T>& dy, const T* weight, const GradientTarget<T>& to,
+                                      unsigned inputs, const GemmGrid& grid, const OwedFinish& owed,
+                                      float* partial, unsigned* counters) {
+    const GemmMatrix<T> columns{weight, dy.width, inputs};
+    GradientEpilogue<Tile, 2> epilogue(to, dy.height, inputs);
+    gemm<Tile, Major::k, Major::rows>(dy, columns, grid.walk<Tile>(dy.height, dy.width), epilogue);
+    epilogue.finish(grid, partial, counters, owed);
+}
+
+template <class Tile, class T>
+__device__ __forceinline__ void dgrad_gated(GemmGradient<T> dy, const T* weight, const GradientTarget<T>& to,
+                                            unsigned inputs, unsigned groups, float* sums) {
+    const unsigned image = blockIdx.x / groups, pixels = dy.pixels.divisor, images = gridDim.x / groups;
+    const unsigned first = blockIdx.x % groups * Tile::bn;
+    dy.height = (image + 1) * pixels;
+    const GemmMatrix<T> columns{weight, dy.width, inputs};
+    const GemmWalk walk{image * pixels, (pixels + Tile::bm - 1) / Tile::bm, first, 0,
+                        (dy.width + Tile::bk - 1) / Tile::bk};
+    GradientEpilogue<Tile, 5> epilogue(to, dy.height, inputs);
+    gemm<Tile, Major::k, Major::rows>(dy, columns, walk, epilogue);
+    epilogue.each_sum(first, [&](unsigned k, unsigned column, float sum) {
+        sums[(k * images + image) * inputs + column] = sum;
+    });
+}
+
+template <class Tile, class T>
+__device__ __forceinline__ void wgrad(GemmGradient<T> dy, GemmInput<T> x, float* dweight, const WeightGrid& grid,
+                                      float* partial, unsigned* counters) {
+    const unsigned tiles = grid.row_tiles * grid.column_tiles, outputs = dy.width, inputs = x.width;
+    const unsigned tile = blockIdx.x % tiles, first = blockIdx.x / tiles * grid.steps * Tile::bk;
+    const unsigned end = min(dy.height, first + grid.steps * Tile::bk);
+    dy.height = x.height = end;
+    const GemmWalk walk{tile / grid.column_tiles * Tile::bm, 1, tile % grid.column_tiles * Tile::bn, first,
+                        (end - first + Tile::bk - 1) / Tile::bk};
+    WeightEpilogue<Tile> epilogue{dweight, partial, outputs, inputs, grid.splits == 1};
+    gemm<Tile, Major::rows, Major::rows>(dy, x, walk, epilogue);
+    if (grid.splits > 1) add_partial<Tile>(dweight, outputs, inputs, grid, partial, counters);
+}
+
+/// A column for each of 32 threads, its rows over 8.
+template <class T>
+__device__ __forceinline__ void classifier_bias(const T* dlogits, T* padded, float* dbias, unsigned images,
+                                                unsigned classes, unsigned pitch) {
+    constexpr unsigned slices = threads / 32;
+    __shared__ float partial[slices][32];
+    const unsigned lane = threadIdx.x % 32, slice = threadIdx.x / 32, c = blockIdx.x * 32 + lane;
+    float sum = 0.0f;
+    if (c < pitch)
+#pragma unroll 4
+        for (unsigned n = slice; n < images; n += slices) {
+            const T value = c < classes ? dlogits[n * classes + c] : from_float<T>(0.0f);
+            if (padded) padded[n * pitch + c] = value;
+            sum += to_float(value);
+        }
+    partial[slice][lane] = sum;
+    __syncthreads();
+    if (slice != 0 || c >= classes) return;
+    float total = partial[0][lane];
+#pragma unroll
+    for (unsigned s = 1; s < slices; ++s) total += partial[s][lane];
+    dbias[c] += total;
+}
+
+} // namespace
+
+#define EFFNETV2_POINTWISE_FPROP(suffix, T, Tile, blocks)                                                    \
+    extern "C" __global__ void __launch_bounds__(threads, blocks)                                            \
+        pointwise_fprop_##suffix(const GemmInput<T> x, const T* weight, const ForwardOutput<T> y,            \
+                                 unsigned outputs, const GemmGrid grid, const NormFinish norm,               \
+                                 float* partial, unsigned* counters) {                                       \
+        fprop<Tile<T>>(x, weight, y, outputs, grid, norm, partial, counters);                                \
+    }                                                                                                        \
+    EFFNETV2_KERNEL(pointwise_fprop_##suffix)
+
+#define EFFNETV2_POINTWISE_DGRAD(suffix, T, Tile, blocks)                                                    \
+    extern "C" __global__ void __launch_bounds__(threads, blocks)                                            \
+        pointwise_dgrad_##suffix(const GemmGradient<T> dy, const T* weight, const GradientTarget<T> dx,      \
+                                 unsigned inputs, const GemmGrid grid, const OwedFinish owed,                \
+                                 float* partial, unsigned* counters) {                                       \
+        dgrad<Tile<T>>(dy, weight, dx, inputs, grid, owed, partial, counters);                               \
+    }                                                                                                        \
+    EFFNETV2_KERNEL(pointwise_dgrad_##suffix)
+
+#define EFFNETV2_POINTWISE_GATED(suffix, T, Tile, blocks)                                                    \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) pointwise_dgrad_gated_##suffix(            \
+        const GemmGradient<T> dy, const T* weight, const GradientTarget<T> dx, unsigned inputs,              \
+        unsigned groups, float* sums) {                                                                      \
+        dgrad_gated<Tile<T>>(dy, weight, dx, inputs, groups, sums);                                          \
+    }                                                                                                        \
+    EFFNETV2_KERNEL(pointwise_dgrad_gated_##suffix)
+
+#define EFFNETV2_POINTWISE_WGRAD(suffix, T, Tile, blocks)                                                    \
+    extern "C" __global__ void __launch_bounds__(threads, blocks)                                            \
+        pointwise_wgrad_##suffix(const GemmGradient<T> dy, const GemmInput<T> x, float* dweight,             \
+                                 const WeightGrid grid, float* partial, unsigned* counters) {                \
+        wgrad<Tile<T>>(dy, x, dweight, grid, partial, counters);                                             \
+    }                                                                                                        \
+    EFFNETV2_KERNEL(pointwise_wgrad_##suffix)
+
+#define EFFNETV2_POINTWISE_BIAS(suffix, T)                                                                   \
+    extern "C" __global__ void __launch_bounds__(threads)                                                    \
+        pointwise_classifier_bias_##suffix(const T* dlogits, T* padded, float* dbias, unsigned images,       \
+                                           unsigned classes, unsigned pitch) {                               \
+        classifier_bias(dlogits, padded, dbias, images, classes, pitch);                                     \
+    }                                                                                                        \
+    EFFNETV2_KERNEL(pointwise_classifier_bias_##suffix)
+
+#define EFFNETV2_POINTWISE(suffix, T)                                                                        \
+    EFFNETV2_POINTWISE_FPROP(narrow_##suffix, T, Narrow, 2)                                                  \
+    EFFNETV2_POINTWISE_DGRAD(narrow_##suffix, T, Narrow, 2)                                                  \
+    EFFNETV2_POINTWISE_GATED(suffix, T, Narrow, 2)                                                           \
+    EFFNETV2_POINTWISE_WGRAD(suffix, T, Weights, 2)                                                           \
+    EFFNETV2_POINTWISE_BIAS(suffix, T)
+
+#define EFFNETV2_POINTWISE_WIDE(suffix, T)                                                                   \
+    EFFNETV2_POINTWISE_FPROP(wide_##suffix, T, Wide, 2)                                                      \
+    EFFNETV2_POINTWISE_DGRAD(wide_##suffix, T, Wide, 2)
+
+EFFNETV2_POINTWISE(f32, float)
+EFFNETV2_POINTWISE(f16, f16)
+EFFNETV2_POINTWISE(bf16, bf16)
+EFFNETV2_POINTWISE_WIDE(f16, f16)
+EFFNETV2_POINTWISE_WIDE(bf16, bf16)

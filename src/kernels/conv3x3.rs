@@ -1,0 +1,590 @@
+//! The dense 3×3 convolution as implicit GEMM on tensor cores. Formulas, shapes and bytes are in `kernels/conv3x3.cu`. The
+//! first layer, which has 3 inputs, is [`Stem`](super::stem::Stem).
+//!
+//! What it reads is stored plainly, as block outputs are: padding is zero after whatever is applied on load, and a value is
+//! loaded nine times.
+
+use super::gemm::{FastDivisor, Grid, THREADS, Tile, WeightGrid, step_elements};
+use super::operand::{Arrival, GradientOutput, GradientView, Input, NormFinish, Output, OutputKind};
+use super::raw::RawElement;
+use super::{Cost, Work, Workspace};
+use crate::backend::Activation;
+use crate::device::cudarc::driver::{CudaStream, CudaView, CudaViewMut, DeviceRepr};
+use crate::device::{Argument, Device, Entry, Family, Kernel, Operands};
+use crate::tensor::{Conv, ConvKind, Dtype, MAX_ELEMENTS, Shape};
+use crate::{Error, Result};
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+const FPROP: &str = "ppppppp{56:8}{60:4}III{12:4}";
+const DGRAD: &str = "pppppp{344:4}";
+const WGRAD: &str = "ppppppp{60:4}I{16:4}";
+
+const fn entry(name: &'static str, signature: &'static str) -> Entry {
+    Entry { name, signature, threads: THREADS }
+}
+
+const fn slim(name: &'static str, signature: &'static str) -> Entry {
+    Entry { name, signature, threads: Tile::SLIM.threads }
+}
+
+/// The kernels of `kernels/conv3x3.cu`.
+pub const FAMILY: Family = Family {
+    name: "conv3x3",
+    kernels: &[
+        entry("conv3x3_fprop_narrow_f32", FPROP),
+        entry("conv3x3_fprop_narrow_f16", FPROP),
+        entry("conv3x3_fprop_narrow_bf16", FPROP),
+        entry("conv3x3_fprop_wide_f16", FPROP),
+        entry("conv3x3_fprop_wide_bf16", FPROP),
+        entry("conv3x3_dgrad_narrow_f32", DGRAD),
+        entry("conv3x3_dgrad_narrow_f16", DGRAD),
+        entry("conv3x3_dgrad_narrow_bf16", DGRAD),
+        entry("conv3x3_dgrad_wide_f16", DGRAD),
+        entry("conv3x3_dgrad_wide_bf16", DGRAD),
+        slim("conv3x3_fprop_slim_f16", FPROP),
+        slim("conv3x3_fprop_slim_bf16", FPROP),
+        slim("conv3x3_dgrad_slim_f16", DGRAD),
+        slim("conv3x3_dgrad_slim_bf16", DGRAD),
+        entry("conv3x3_wgrad_f32", WGRAD),
+        entry("conv3x3_wgrad_f16", WGRAD),
+        entry("conv3x3_wgrad_bf16", WGRAD),
+    ],
+};
+
+const SIDE: u32 = 3;
+const TAPS: usize = 9;
+const OPERATION: &str = "3×3 convolution";
+
+/// `ConvShape` of the `.cu` file.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct Geometry {
+    pixels: u32,
+    height: u32,
+    width: u32,
+    stride: u32,
+    pad_top: u32,
+    pad_left: u32,
+    out_width: FastDivisor,
+    out_height: FastDivisor,
+    inputs: FastDivisor,
+}
+
+/// `GradientClass` of the `.cu` file.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+struct GradientClass {
+    columns: FastDivisor,
+    rows: FastDivisor,
+    taps_across: FastDivisor,
+    taps_down: u32,
+    first_row: u32,
+    first_column: u32,
+    first_kernel_row: u32,
+    first_kernel_column: u32,
+    out_row: u32,
+    out_column: u32,
+    pixels: u32,
+    tiles: u32,
+    first_block: u32,
+}
+
+/// `GradientShape` of the `.cu` file.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct GradientShape {
+    height: u32,
+    width: u32,
+    out_height: u32,
+    out_width: u32,
+    stride: u32,
+    inputs: u32,
+    outputs: FastDivisor,
+    groups: u32,
+    classes: [GradientClass; 4],
+}
+
+// SAFETY: plain structs of the layout that the kernels declare.
+unsafe impl DeviceRepr for Geometry {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for GradientShape {}
+
+impl Argument for Geometry {
+    const CODE: &'static str = "{60:4}";
+}
+impl Argument for GradientShape {
+    const CODE: &'static str = "{344:4}";
+}
+
+/// Along one axis: the pixels that the same taps reach.
+#[derive(Clone, Copy, Debug)]
+struct AxisClass {
+    /// The first of them, and how many.
+    first: u32,
+    count: u32,
+    first_tap: u32,
+    taps: u32,
+    /// Where the first tap takes the first of them.
+    out: u32,
+}
+
+/// All pixels of a side, or with stride 2 those of one parity and then those of the other; if they exist.
+fn axis_classes(stride: u32, pad: u32, side: u32) -> impl Iterator<Item = AxisClass> {
+    let classes = (0..stride).map(move |first_tap| {
+        // first + pad and the taps are of one parity.
+        let first = (first_tap + pad) % stride;
+        AxisClass {
+            first,
+            count: (side + stride - 1).saturating_sub(first) / stride,
+            first_tap,
+            taps: (SIDE - first_tap).div_ceil(stride),
+            out: (first + pad - first_tap) / stride,
+        }
+    });
+    classes.filter(|class| class.count > 0)
+}
+
+/// A convolution of certain shapes: what its launches are and cost, without a device.
+#[derive(Clone, Copy, Debug)]
+pub struct Conv3x3Shape {
+    x: Shape,
+    y: Shape,
+    geometry: Geometry,
+}
+
+impl Conv3x3Shape {
+    /// The dense 3×3 convolution `conv` of images `x`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for another convolution, for inputs or outputs that are no multiple of 8, and for an empty or too
+    /// large tensor.
+    pub fn new(conv: &Conv, x: Shape) -> Result<Self> {
+        let y = conv.output(x)?;
+        let wrong = |problem| Err(Error::Shape { operation: OPERATION, problem });
+        let Conv { kind, kernel, stride, inputs, outputs, .. } = *conv;
+        if (kind, kernel) != (ConvKind::Dense, 3) {
+            return wrong(format!("{conv:?} is no dense 3×3 convolution"));
+        }
+        if inputs % 8 != 0 || outputs % 8 != 0 || outputs == 0 {
+            return wrong(format!("{inputs} inputs and {outputs} outputs; multiples of 8 are needed"));
+        }
+        if inputs.checked_mul(TAPS * outputs).is_none_or(|weights| weights > MAX_ELEMENTS) {
+            return wrong(format!(
+                "{inputs} inputs and {outputs} outputs: {MAX_ELEMENTS} weights are possible"
+            ));
+        }
+        let geometry = Geometry {
+            pixels: y.pixels() as u32,
+            height: x.h as u32,
+            width: x.w as u32,
+            stride: stride as u32,
+            pad_top: conv.pad_before(x.h) as u32,
+            pad_left: conv.pad_before(x.w) as u32,
+            out_width: FastDivisor::new(y.w as u32),
+            out_height: FastDivisor::new(y.h as u32),
+            inputs: FastDivisor::new(inputs as u32),
+        };
+        Ok(Self { x, y, geometry })
+    }
+
+    /// Of the input.
+    pub const fn input(&self) -> Shape {
+        self.x
+    }
+
+    /// Of the output.
+    pub const fn output(&self) -> Shape {
+        self.y
+    }
+
+    /// The number of weights.
+    pub const fn weights(&self) -> usize {
+        self.x.c * TAPS * self.y.c
+    }
+
+    /// Columns of the weights as a matrix \[outputs, (kh, kw, input)\].
+    const fn columns(&self) -> u32 {
+        (self.x.c * TAPS) as u32
+    }
+
+    /// Multiply-adds of any direction, zeros of the padding included.
+    const fn products(&self) -> u64 {
+        self.y.pixels() as u64 * self.weights() as u64
+    }
+
+    /// Of fprop's or dgrad's product with so many columns: the widest that computes no more than narrower ones.
+    const fn tile(dtype: Dtype, columns: usize) -> Tile {
+        match dtype {
+            Dtype::F32 => Tile::NARROW,
+            Dtype::F16 | Dtype::Bf16 if columns <= 32 => Tile::SLIM,
+            Dtype::F16 | Dtype::Bf16 if columns.next_multiple_of(128) == columns.next_multiple_of(64) => {
+                Tile::WIDE
+            }
+            Dtype::F16 | Dtype::Bf16 => Tile::NARROW,
+        }
+    }
+
+    fn grid(&self, dtype: Dtype) -> Grid {
+        Grid::new(self.geometry.pixels, self.y.c as u32, &Self::tile(dtype, self.y.c))
+    }
+
+    fn weight_grid(&self, dtype: Dtype) -> WeightGrid {
+        let step = step_elements(dtype.bytes());
+        WeightGrid::new(self.geometry.pixels, self.y.c as u32, self.columns(), step)
+    }
+
+    const fn cost(&self, bytes: usize) -> Cost {
+        Cost { bytes: bytes as u64, tensor_operations: 2 * self.products(), operations: 0 }
+    }
+
+    /// The classes of dgrad, those of most taps first, and the blocks of all.
+    fn gradient(&self, dtype: Dtype) -> (GradientShape, u32) {
+        let Geometry { height, width, stride, pad_top, pad_left, .. } = self.geometry;
+        let tile = Self::tile(dtype, self.x.c);
+        let mut pairs: Vec<_> = axis_classes(stride, pad_top, height)
+            .flat_map(|down| axis_classes(stride, pad_left, width).map(move |across| (down, across)))
+            .collect();
+        pairs.sort_by_key(|(down, across)| std::cmp::Reverse(down.taps * across.taps));
+        let mut classes = [GradientClass::default(); 4];
+        let mut blocks = 0;
+        for (class, (down, across)) in classes.iter_mut().zip(&pairs) {
+            let pixels = self.x.n as u32 * down.count * across.count;
+            let grid = Grid::new(pixels, self.x.c as u32, &tile);
+            *class = GradientClass {
+                columns: FastDivisor::new(across.count),
+                rows: FastDivisor::new(down.count),
+                taps_across: FastDivisor::new(across.taps),
+                taps_down: down.taps,
+                first_row: down.first,
+                first_column: across.first,
+                first_kernel_row: down.first_tap,
+                first_kernel_column: across.first_tap,
+                out_row: down.out,
+                out_column: across.out,
+                pixels,
+                tiles: grid.tiles,
+                first_block: blocks,
+            };
+            blocks += grid.blocks();
+        }
+        for absent in &mut classes[pairs.len()..] {
+            absent.first_block = blocks;
+        }
+        let shape = GradientShape {
+            height,
+            width,
+            out_height: self.y.h as u32,
+            out_width: self.y.w as u32,
+            stride,
+            inputs: self.x.c as u32,
+            outputs: FastDivisor::new(self.y.c as u32),
+            groups: (self.x.c as u32).div_ceil(tile.columns),
+            classes,
+        };
+        (shape, blocks)
+    }
+
+    /// The launch of [`Conv3x3::fprop`].
+    pub fn fprop_work(&self, dtype: Dtype, output: OutputKind) -> Work {
+        let (tile, grid, y) = (Self::tile(dtype, self.y.c), self.grid(dtype), self.y);
+        let size = dtype.bytes();
+        let extra = match output {
+            OutputKind::Plain => 0,
+            // Partial moments, γ, β, the running statistics and the norm.
+            OutputKind::Moments => 4 * moment_floats(&grid, y.c) + 4 * 10 * y.c,
+            OutputKind::Folded { skip } => 4 * y.c + if skip { size * y.elements() } else { 0 },
+        };
+        let bytes = size * (self.x.elements() + self.weights() + y.elements()) + extra;
+        Work {
+            kernel: format!("conv3x3_fprop_{}_{}", tile.name, dtype.suffix()),
+            grid: [grid.blocks(), 1, 1],
+            shared: tile.shared_forward(),
+            cost: self.cost(bytes),
+        }
+    }
+
+    /// The launch of [`Conv3x3::dgrad`], with something to add or not.
+    pub fn dgrad_work(&self, dtype: Dtype, skip: bool) -> Work {
+        let tile = Self::tile(dtype, self.x.c);
+        let elements = 2 * self.y.elements() + self.weights() + (1 + usize::from(skip)) * self.x.elements();
+        Work {
+            kernel: format!("conv3x3_dgrad_{}_{}", tile.name, dtype.suffix()),
+            grid: [self.gradient(dtype).1, 1, 1],
+            shared: tile.shared(2),
+            cost: self.cost(dtype.bytes() * elements + 4 * 3 * self.y.c),
+        }
+    }
+
+    /// The launch of [`Conv3x3::wgrad`].
+    pub fn wgrad_work(&self, dtype: Dtype) -> Work {
+        let grid = self.weight_grid(dtype);
+        let elements = 2 * self.y.elements() + self.x.elements();
+        let floats = grid.partial() + 2 * self.weights() + 3 * self.y.c;
+        Work {
+            kernel: format!("conv3x3_wgrad_{}", dtype.suffix()),
+            grid: [grid.blocks(), 1, 1],
+            shared: Tile::WEIGHTS.shared(2),
+            cost: self.cost(dtype.bytes() * elements + 4 * floats),
+        }
+    }
+
+    /// Floats that the launches need in a [`Workspace`].
+    pub fn workspace_floats(&self, dtype: Dtype) -> usize {
+        moment_floats(&self.grid(dtype), self.y.c).max(self.weight_grid(dtype).partial())
+    }
+}
+
+/// Two numbers for each run and channel.
+const fn moment_floats(grid: &Grid, channels: usize) -> usize {
+    2 * grid.runs as usize * channels
+}
+
+/// The plan for one convolution, batch and element type. The same calls give the same bits.
+#[derive(Debug)]
+pub struct Conv3x3<T> {
+    device: Device,
+    shape: Conv3x3Shape,
+    fprop: Kernel,
+    dgrad: Kernel,
+    wgrad: Kernel,
+    element: PhantomData<fn() -> T>,
+}
+
+impl<T: RawElement> Conv3x3<T> {
+    /// For the convolution `conv` of images `x`.
+    ///
+    /// # Errors
+    /// Those of [`Conv3x3Shape::new`] and of [`Device::module`]; [`Error::Driver`] on a GPU with too little shared memory.
+    pub fn plan(device: &Device, conv: &Conv, x: Shape) -> Result<Self> {
+        let shape = Conv3x3Shape::new(conv, x)?;
+        let module = device.module(&FAMILY)?;
+        let kernel = |work: Work| {
+            let kernel = module.kernel(&work.kernel)?;
+            kernel.allow_shared(work.shared)?;
+            Ok::<_, Error>(kernel)
+        };
+        Ok(Self {
+            device: device.clone(),
+            shape,
+            fprop: kernel(shape.fprop_work(T::DTYPE, OutputKind::Plain))?,
+            dgrad: kernel(shape.dgrad_work(T::DTYPE, false))?,
+            wgrad: kernel(shape.wgrad_work(T::DTYPE))?,
+            element: PhantomData,
+        })
+    }
+
+    /// The shapes, and what the launches cost.
+    pub const fn shape(&self) -> &Conv3x3Shape {
+        &self.shape
+    }
+
+    /// Floats that the launches need in a [`Workspace`].
+    pub fn workspace_floats(&self) -> usize {
+        self.shape.workspace_floats(T::DTYPE)
+    }
+
+    /// y ← the convolution of x, finished as `output` says. `weight` is \[out, 3, 3, in\].
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for buffers of another length, device or alignment, or that overlap, too small a workspace, an input
+    /// that is not [plain](Input::Plain), or the moments of a single value per channel. Nothing has been changed then.
+    /// [`Error::Driver`].
+    pub fn fprop(
+        &self,
+        stream: &Arc<CudaStream>,
+        x: Input<'_, '_, T>,
+        weight: &CudaView<'_, T>,
+        y: &mut CudaViewMut<'_, T>,
+        mut output: Output<'_, '_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        let shape = &self.shape;
+        let work = shape.fprop_work(T::DTYPE, output.kind());
+        let grid = shape.grid(T::DTYPE);
+        let outputs = shape.y.c as u32;
+        let x = plain(x)?;
+        let mut operands = Operands::new(OPERATION, &self.device, stream)?;
+        operands.read("x", x, shape.x.elements())?;
+        operands.read("weights", weight, shape.weights())?;
+        operands.write("y", y, shape.y.elements())?;
+        output.check(&mut operands, shape.y)?;
+        let mut finish = NormFinish::default();
+        let (mut silu, mut moments) = (0_u32, 0_u32);
+        match &mut output {
+            Output::Plain => {}
+            Output::Moments(statistics) => {
+                if shape.y.pixels() == 1 {
+                    let problem = format!("{} has one value per channel, and that has no variance", shape.y);
+                    return Err(Error::Shape { operation: OPERATION, problem });
+                }
+                workspace.check(OPERATION, moment_floats(&grid, shape.y.c), grid.groups as usize)?;
+                finish = statistics.finish(stream, shape.y.pixels());
+                moments = 1;
+            }
+            Output::Folded { act, .. } => silu = u32::from(*act == Activation::Silu),
+        }
+        let mut partial = workspace.partial.as_view_mut();
+        let mut counters = workspace.counters.as_view_mut();
+        let mut launch = self.fprop.on(stream);
+        launch.input(x).input(weight).output(y);
+        match &output {
+            Output::Folded { bias, skip: Some(skip), .. } => launch.input(bias).input(skip),
+            Output::Folded { bias, skip: None, .. } => launch.input(bias).null(),
+            _ => launch.null().null(),
+        };
+        launch.output(&mut partial).output(&mut counters).value(&finish).value(&shape.geometry);
+        launch.value(&outputs).value(&silu).value(&moments).value(&grid);
+        // SAFETY: all buffers have their shapes and what is written overlaps nothing else. The geometry is theirs: a block
+        // reads pixels of x within the image alone, and writes the pixels of y of its run, those that exist, its partial
+        // moments, for which there is room, and as the last block of its group the norm and the running statistics.
+        unsafe { launch.run(work.grid, work.shared, format_args!("{} to {}", shape.x, shape.y)) }
+    }
+
+    /// dx ← the gradient of the input, plus what is to be added.
+    ///
+    /// # Errors
+    /// As for [`fprop`](Self::fprop), and for a gradient that does not arrive [alone](Arrival::Alone) or another output than
+    /// [`GradientOutput::Plain`].
+    pub fn dgrad(
+        &self,
+        stream: &Arc<CudaStream>,
+        gradient: GradientView<'_, '_, T>,
+        weight: &CudaView<'_, T>,
+        dx: &mut CudaViewMut<'_, T>,
+        output: GradientOutput<'_, '_, T>,
+    ) -> Result<()> {
+        let shape = &self.shape;
+        let GradientOutput::Plain { skip } = output else {
+            let problem = "its input is stored plainly: no activation lies before a dense convolution".into();
+            return Err(Error::Shape { operation: OPERATION, problem });
+        };
+        let mut operands = Operands::new(OPERATION, &self.device, stream)?;
+        check_gradient(&gradient, &mut operands, shape.y)?;
+        operands.read("weights", weight, shape.weights())?;
+        if let Some(skip) = skip {
+            operands.read("skip", skip, shape.x.elements())?;
+        }
+        operands.write("dx", dx, shape.x.elements())?;
+        let work = shape.dgrad_work(T::DTYPE, skip.is_some());
+        let (classes, _) = shape.gradient(T::DTYPE);
+        let mut launch = self.dgrad.on(stream);
+        launch.input(gradient.g).input(gradient.y).input(gradient.owed).input(weight);
+        match skip {
+            Some(skip) => launch.input(skip),
+            None => launch.null(),
+        };
+        launch.output(dx).value(&classes);
+        // SAFETY: all buffers have their shapes and dx overlaps none. A block reads the pixels of y that those of its run
+        // are reached from, within the image alone, and writes its run's pixels of dx, those that exist; each pixel is in
+        // one class.
+        unsafe { launch.run(work.grid, work.shared, format_args!("{} to {}", shape.x, shape.y)) }
+    }
+
+    /// dweight += the gradient of the weights, \[out, 3, 3, in\] in f32.
+    ///
+    /// # Errors
+    /// As for [`fprop`](Self::fprop), and for a gradient that does not arrive [alone](Arrival::Alone).
+    pub fn wgrad(
+        &self,
+        stream: &Arc<CudaStream>,
+        x: Input<'_, '_, T>,
+        gradient: GradientView<'_, '_, T>,
+        dweight: &mut CudaViewMut<'_, f32>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        let shape = &self.shape;
+        let work = shape.wgrad_work(T::DTYPE);
+        let grid = shape.weight_grid(T::DTYPE);
+        let outputs = shape.y.c as u32;
+        let x = plain(x)?;
+        let mut operands = Operands::new(OPERATION, &self.device, stream)?;
+        operands.read("x", x, shape.x.elements())?;
+        check_gradient(&gradient, &mut operands, shape.y)?;
+        operands.write("the gradient of the weights", dweight, shape.weights())?;
+        workspace.check(OPERATION, grid.partial(), grid.counters())?;
+        let mut partial = workspace.partial.as_view_mut();
+        let mut counters = workspace.counters.as_view_mut();
+        let mut launch = self.wgrad.on(stream);
+        launch.input(gradient.g).input(gradient.y).input(gradient.owed).input(x).output(dweight);
+        launch.output(&mut partial).output(&mut counters).value(&shape.geometry).value(&outputs).value(&grid);
+        // SAFETY: all buffers have their shapes and what is written overlaps nothing else. A block reads pixels of its split
+        // and what lies under the kernel there, within the image alone, and writes its partial tile; the last block of each
+        // tile writes its weights, those that exist.
+        unsafe { launch.run(work.grid, work.shared, format_args!("{} to {}", shape.x, shape.y)) }
+    }
+}
+
+/// The tensor of a plain input.
+fn plain<'a, 'b, T>(x: Input<'a, 'b, T>) -> Result<&'a CudaView<'b, T>> {
+    match x {
+        Input::Plain(x) => Ok(x),
+        Input::Silu { .. } | Input::Gated { .. } => {
+            let problem = "its input must be stored plainly: it would be transformed nine times".into();
+            Err(Error::Shape { operation: OPERATION, problem })
+        }
+    }
+}
+
+fn check_gradient<T: RawElement>(
+    gradient: &GradientView<'_, '_, T>,
+    operands: &mut Operands<'_>,
+    y: Shape,
+) -> Result<()> {
+    if !matches!(gradient.arrival, Arrival::Alone) {
+        let problem =
+            "the gradient of its output must arrive alone: neither stochastic depth nor a gate follows it";
+        return Err(Error::Shape { operation: OPERATION, problem: problem.into() });
+    }
+    gradient.check(operands, y)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::Padding;
+
+    /// Each pixel of a side is in one class, and a class has just the taps that reach its pixels, if the border is far.
+    #[test]
+    fn classes_have_every_pixel_and_tap() {
+        for (stride, pad) in [(1, 0), (1, 1), (2, 0), (2, 1)] {
+            for side in 1..9 {
+                let mut seen = vec![0; side as usize];
+                for class in axis_classes(stride, pad, side) {
+                    for r in 0..class.count {
+                        let pixel = class.first + stride * r;
+                        seen[pixel as usize] += 1;
+                        let taps: Vec<u32> = (0..class.taps).map(|t| class.first_tap + stride * t).collect();
+                        let reach: Vec<u32> =
+                            (0..SIDE).filter(|tap| (pixel + pad + 6 - tap) % stride == 0).collect();
+                        assert_eq!(taps, reach, "stride {stride}, padding {pad}, pixel {pixel}");
+                        for (t, tap) in (0_u32..).zip(taps) {
+                            let out = i64::from(class.out + r) - i64::from(t);
+                            let from = i64::from(pixel + pad) - i64::from(tap);
+                            assert_eq!(out * i64::from(stride), from);
+                        }
+                    }
+                }
+                assert_eq!(seen, vec![1; side as usize], "stride {stride}, padding {pad}");
+            }
+        }
+    }
+
+    #[test]
+    fn structs_are_as_large_as_their_codes_say() {
+        assert_eq!(size_of::<Geometry>(), 60);
+        assert_eq!(size_of::<GradientShape>(), 344);
+        let conv = Conv {
+            kind: ConvKind::Dense,
+            kernel: 3,
+            stride: 2,
+            padding: Padding::Same,
+            inputs: 48,
+            outputs: 256,
+        };
+        let shape = Conv3x3Shape::new(&conv, Shape::new(256, 75, 75, 48)).unwrap();
+        let (gradient, blocks) = shape.gradient(Dtype::Bf16);
+        let taps = gradient.classes.map(|class| class.taps_down * class.taps_across.divisor);
+        assert_eq!((taps, shape.dgrad_work(Dtype::Bf16, true).grid[0]), ([4, 2, 2, 1], blocks));
+    }
+}

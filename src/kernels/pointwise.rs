@@ -1,0 +1,651 @@
+//! Pointwise (1×1) convolution in all three directions, and the classifier. Formulas, shapes and bytes are in
+//! `kernels/pointwise.cu`.
+//!
+//! What a tensor still owes is paid while it is read ([`Input`], [`GradientView`]), and what batch norm needs of a tensor
+//! is taken while it is written ([`Output`], [`GradientOutput`]).
+//!
+//! Tiles. A block computes 128 rows (pixels) and 128 or 64 columns (channels) at a time. f32 has 64 columns; so have f16
+//! and bf16 where there are no more, or where 128 would leave fewer than 132 blocks for the GPU. Otherwise 128: the rows
+//! are then read, and what they owe is computed, half as often. Weight gradients are computed in tiles of 64 outputs × 128
+//! inputs, the pixels being cut so that there are about 528 blocks. All of it follows from the shape, so results are the
+//! same on every GPU.
+
+use super::gemm::{
+    ForwardArgument, GradientArgument, Grid, InputArgument, THREADS, TargetArgument, Tile, WeightGrid,
+    address, step_elements,
+};
+use super::operand::{
+    Arrival, GradientKind, GradientOutput, GradientView, Input, InputKind, NormFinish, Output, OutputKind,
+    OwedFinish,
+};
+use super::raw::{RawElement, check_shape};
+use super::work::{Cost, Work};
+use super::workspace::Workspace;
+use crate::backend::Activation;
+use crate::device::cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
+use crate::device::{Device, Entry, Family, Kernel, Operands};
+use crate::tensor::{Dtype, MAX_ELEMENTS, Shape};
+use crate::{Error, Result};
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+const FPROP: &str = "{48:8}p{32:8}I{12:4}{56:8}pp";
+const DGRAD: &str = "{56:8}p{32:8}I{12:4}{40:8}pp";
+const GATED: &str = "{56:8}p{32:8}IIp";
+const WGRAD: &str = "{56:8}{48:8}p{16:4}pp";
+const BIAS: &str = "pppIII";
+
+const fn entry(name: &'static str, signature: &'static str) -> Entry {
+    Entry { name, signature, threads: THREADS }
+}
+
+/// The kernels of `kernels/pointwise.cu`.
+pub const FAMILY: Family = Family {
+    name: "pointwise",
+    kernels: &[
+        entry("pointwise_fprop_narrow_f32", FPROP),
+        entry("pointwise_fprop_narrow_f16", FPROP),
+        entry("pointwise_fprop_narrow_bf16", FPROP),
+        entry("pointwise_fprop_wide_f16", FPROP),
+        entry("pointwise_fprop_wide_bf16", FPROP),
+        entry("pointwise_dgrad_narrow_f32", DGRAD),
+        entry("pointwise_dgrad_narrow_f16", DGRAD),
+        entry("pointwise_dgrad_narrow_bf16", DGRAD),
+        entry("pointwise_dgrad_wide_f16", DGRAD),
+        entry("pointwise_dgrad_wide_bf16", DGRAD),
+        entry("pointwise_dgrad_gated_f32", GATED),
+        entry("pointwise_dgrad_gated_f16", GATED),
+        entry("pointwise_dgrad_gated_bf16", GATED),
+        entry("pointwise_wgrad_f32", WGRAD),
+        entry("pointwise_wgrad_f16", WGRAD),
+        entry("pointwise_wgrad_bf16", WGRAD),
+        entry("pointwise_classifier_bias_f32", BIAS),
+        entry("pointwise_classifier_bias_f16", BIAS),
+        entry("pointwise_classifier_bias_bf16", BIAS),
+    ],
+};
+
+const OPERATION: &str = "pointwise convolution";
+const CLASSIFIER: &str = "classifier";
+
+/// Classes of a block of the bias's gradient.
+const BIAS_COLUMNS: u32 = 32;
+/// Blocks that a GPU should have at least.
+const BUSY: u32 = 132;
+
+/// The launches of one shape and element type, known without a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PointwiseWork {
+    x: Shape,
+    outputs: usize,
+    dtype: Dtype,
+}
+
+impl PointwiseWork {
+    /// For inputs of shape `x` and `outputs` channels.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for an empty shape, channels that are no multiple of 8, or a tensor or weights of 2³¹ elements
+    /// and more.
+    pub fn new(x: Shape, outputs: usize, dtype: Dtype) -> Result<Self> {
+        check_shape(OPERATION, x)?;
+        check_shape(OPERATION, x.with_channels(outputs))?;
+        if x.c.checked_mul(outputs).is_none_or(|weights| weights > MAX_ELEMENTS) {
+            let problem = format!("{outputs}×{} weights; at most {MAX_ELEMENTS} are possible", x.c);
+            return Err(Error::Shape { operation: OPERATION, problem });
+        }
+        Ok(Self { x, outputs, dtype })
+    }
+
+    const fn rows(&self) -> u32 {
+        self.x.pixels() as u32
+    }
+
+    /// Pixels of an image.
+    const fn pixels(&self) -> u32 {
+        (self.x.h * self.x.w) as u32
+    }
+
+    /// The tile for `columns` channels.
+    fn tile(&self, columns: usize) -> &'static Tile {
+        let wide = Grid::new(self.rows(), columns as u32, &Tile::WIDE);
+        let blocks = self.rows().div_ceil(Tile::WIDE.rows) * wide.groups;
+        if self.dtype != Dtype::F32 && columns as u32 > Tile::NARROW.columns && blocks >= BUSY {
+            &Tile::WIDE
+        } else {
+            &Tile::NARROW
+        }
+    }
+
+    fn grid(&self, columns: usize) -> Grid {
+        Grid::new(self.rows(), columns as u32, self.tile(columns))
+    }
+
+    fn weight_grid(&self) -> WeightGrid {
+        let step = step_elements(self.dtype.bytes());
+        WeightGrid::new(self.rows(), self.outputs as u32, self.x.c as u32, step)
+    }
+
+    fn kernel(&self, operation: &str, tile: &Tile) -> String {
+        let parts = ["pointwise", operation, tile.name, self.dtype.suffix()];
+        parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("_")
+    }
+
+    /// Bytes of a tensor with `channels`.
+    fn tensor(&self, channels: usize) -> u64 {
+        (self.x.with_channels(channels).elements() * self.dtype.bytes()) as u64
+    }
+
+    fn weights(&self) -> u64 {
+        (self.x.c * self.outputs * self.dtype.bytes()) as u64
+    }
+
+    fn tensor_operations(&self) -> u64 {
+        2 * self.x.pixels() as u64 * (self.x.c * self.outputs) as u64
+    }
+
+    /// Bytes of the partial sums of a grid over `columns`, written and read.
+    fn partial(&self, columns: usize) -> u64 {
+        16 * (self.grid(columns).runs as usize * columns) as u64
+    }
+
+    /// Bytes beside x of what it owes, and operations to pay it.
+    fn owed(&self, input: InputKind) -> (u64, u64) {
+        let (c, elements) = (self.x.c as u64, self.x.elements() as u64);
+        match input {
+            InputKind::Plain => (0, 0),
+            InputKind::Silu => (8 * c, 6 * elements),
+            InputKind::Gated => (8 * c + 4 * self.x.n as u64 * c, 7 * elements),
+        }
+    }
+
+    /// Bytes of a gradient of y with what it owes, and operations to pay it.
+    fn gradient(&self) -> (u64, u64) {
+        let o = self.outputs;
+        (2 * self.tensor(o) + 12 * o as u64, 4 * self.x.with_channels(o).elements() as u64)
+    }
+
+    /// The launch of [`Pointwise::fprop`].
+    pub fn fprop(&self, input: InputKind, output: OutputKind) -> Work {
+        let (tile, grid) = (self.tile(self.outputs), self.grid(self.outputs));
+        let (y, elements) = (self.tensor(self.outputs), self.x.with_channels(self.outputs).elements() as u64);
+        let (owed, pay) = self.owed(input);
+        let (extra, operations) = match output {
+            OutputKind::Plain => (0, 0),
+            OutputKind::Moments => (self.partial(self.outputs), 3 * elements),
+            OutputKind::Folded { skip } => {
+                (4 * self.outputs as u64 + if skip { y } else { 0 }, (5 + u64::from(skip)) * elements)
+            }
+        };
+        Work {
+            kernel: self.kernel("fprop", tile),
+            grid: [grid.blocks(), 1, 1],
+            shared: tile.shared_forward(),
+            cost: Cost {
+                bytes: self.tensor(self.x.c) + owed + self.weights() + y + extra,
+                tensor_operations: self.tensor_operations(),
+                operations: pay + operations,
+            },
+        }
+    }
+
+    /// The launch of [`Pointwise::dgrad`].
+    pub fn dgrad(&self, output: GradientKind) -> Work {
+        let c = self.x.c;
+        let (dx, elements) = (self.tensor(c), self.x.elements() as u64);
+        let (gradient, pay) = self.gradient();
+        let gated = output == GradientKind::Gated;
+        let tile = if gated { &Tile::NARROW } else { self.tile(c) };
+        let (extra, operations) = match output {
+            GradientKind::Plain { skip } => (if skip { dx } else { 0 }, if skip { elements } else { 0 }),
+            GradientKind::Silu => (dx + 16 * c as u64 + self.partial(c), 14 * elements),
+            GradientKind::Gated => (dx + 16 * c as u64 + 20 * (self.x.n * c) as u64, 20 * elements),
+        };
+        let blocks = if gated { self.x.n as u32 * self.gated_groups() } else { self.grid(c).blocks() };
+        Work {
+            kernel: if gated {
+                format!("pointwise_dgrad_gated_{}", self.dtype.suffix())
+            } else {
+                self.kernel("dgrad", tile)
+            },
+            grid: [blocks, 1, 1],
+            shared: tile.shared(2),
+            cost: Cost {
+                bytes: gradient + self.weights() + dx + extra,
+                tensor_operations: self.tensor_operations(),
+                operations: pay + operations,
+            },
+        }
+    }
+
+    fn gated_groups(&self) -> u32 {
+        (self.x.c as u32).div_ceil(Tile::NARROW.columns)
+    }
+
+    /// The launch of [`Pointwise::wgrad`].
+    pub fn wgrad(&self, input: InputKind) -> Work {
+        let grid = self.weight_grid();
+        let ((gradient, pay), (owed, pay_input)) = (self.gradient(), self.owed(input));
+        let weights = 8 * (self.x.c * self.outputs) as u64;
+        Work {
+            kernel: self.kernel("wgrad", &Tile::WEIGHTS),
+            grid: [grid.blocks(), 1, 1],
+            shared: Tile::WEIGHTS.shared(2),
+            cost: Cost {
+                bytes: gradient + self.tensor(self.x.c) + owed + weights + 8 * grid.partial() as u64,
+                tensor_operations: self.tensor_operations(),
+                operations: pay + pay_input,
+            },
+        }
+    }
+
+    /// Floats of a [`Workspace`] that every launch does with.
+    pub fn workspace_floats(&self) -> usize {
+        let sums = |columns: usize| 2 * self.grid(columns).runs as usize * columns;
+        self.weight_grid().partial().max(sums(self.outputs)).max(sums(self.x.c))
+    }
+}
+
+/// The plan for one shape, number of outputs and element type. The same calls give the same bits.
+#[derive(Debug)]
+pub struct Pointwise<T> {
+    device: Device,
+    work: PointwiseWork,
+    fprop: Kernel,
+    dgrad: Kernel,
+    gated: Kernel,
+    wgrad: Kernel,
+    element: PhantomData<fn() -> T>,
+}
+
+/// A work's kernel, allowed its shared memory.
+fn load(device: &Device, work: &Work) -> Result<Kernel> {
+    let kernel = device.module(&FAMILY)?.kernel(&work.kernel)?;
+    kernel.allow_shared(work.shared)?;
+    Ok(kernel)
+}
+
+impl<T: RawElement> Pointwise<T> {
+    /// For inputs of shape `x` and `outputs` channels.
+    ///
+    /// # Errors
+    /// Those of [`PointwiseWork::new`] and [`Device::module`]; [`Error::Driver`].
+    pub fn plan(device: &Device, x: Shape, outputs: usize) -> Result<Self> {
+        let work = PointwiseWork::new(x, outputs, T::DTYPE)?;
+        Ok(Self {
+            device: device.clone(),
+            work,
+            fprop: load(device, &work.fprop(InputKind::Plain, OutputKind::Plain))?,
+            dgrad: load(device, &work.dgrad(GradientKind::Plain { skip: false }))?,
+            gated: load(device, &work.dgrad(GradientKind::Gated))?,
+            wgrad: load(device, &work.wgrad(InputKind::Plain))?,
+            element: PhantomData,
+        })
+    }
+
+    /// What it launches.
+    pub fn work(&self) -> &PointwiseWork {
+        &self.work
+    }
+
+    /// Floats of a [`Workspace`] that every operation does with.
+    pub fn workspace_floats(&self) -> usize {
+        self.work.workspace_floats()
+    }
+
+    fn sizes(&self) -> (Shape, Shape, usize) {
+        let PointwiseWork { x, outputs, .. } = self.work;
+        (x, x.with_channels(outputs), x.c * outputs)
+    }
+
+    /// y ← x·Wᵀ \[n, h, w, outputs\] as `output` says, x being what `input` says and `weight` \[outputs, inputs\].
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for buffers of another length, device or alignment, or that overlap, and for a workspace that is
+    /// too small. Nothing has been changed then. [`Error::Driver`].
+    pub fn fprop(
+        &self,
+        stream: &Arc<CudaStream>,
+        input: Input<'_, '_, T>,
+        weight: &CudaView<'_, T>,
+        y: &mut CudaViewMut<'_, T>,
+        mut output: Output<'_, '_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        let (x, y_shape, weights) = self.sizes();
+        let mut operands = Operands::new(OPERATION, &self.device, stream)?;
+        input.check(&mut operands, x)?;
+        operands.read("weight", weight, weights)?;
+        operands.write("y", y, y_shape.elements())?;
+        output.check(&mut operands, y_shape)?;
+        let work = self.work.fprop(input.kind(), output.kind());
+        let grid = self.work.grid(y_shape.c);
+        workspace.check(OPERATION, 2 * grid.runs as usize * y_shape.c, grid.groups as usize)?;
+
+        let to = ForwardArgument { y: address(y, stream), bias: 0, skip: 0, silu: 0, moments: 0 };
+        let (to, norm) = match &mut output {
+            Output::Plain => (to, NormFinish::default()),
+            Output::Moments(statistics) => {
+                (ForwardArgument { moments: 1, ..to }, statistics.finish(stream, x.pixels()))
+            }
+            Output::Folded { bias, act, skip } => {
+                let skip = skip.map_or(0, |skip| address(skip, stream));
+                let silu = u32::from(*act == Activation::Silu);
+                (ForwardArgument { bias: address(*bias, stream), skip, silu, ..to }, NormFinish::default())
+            }
+        };
+        let input = InputArgument::new(&input, stream, self.work.rows(), x.c as u32, self.work.pixels());
+        let outputs = y_shape.c as u32;
+        let (mut partial, mut counters) = (workspace.partial.as_view_mut(), workspace.counters.as_view_mut());
+        let mut launch = self.fprop.on(stream);
+        launch.value(&input).input(weight).value(&to).value(&outputs).value(&grid).value(&norm);
+        launch.output(&mut partial).output(&mut counters);
+        // SAFETY: all buffers have their shapes, whose channels are multiples of 8, and what is written overlaps nothing.
+        // A block writes the rows of its run and the columns of its group, those that exist, and its own partial
+        // moments; there are 2 for each run and column, and a counter for each group.
+        unsafe { launch.run(work.grid, work.shared, format_args!("{x} to {outputs} channels")) }
+    }
+
+    /// dx ← dy·W \[n, h, w, inputs\] as `output` says, dy being what `gradient` says.
+    ///
+    /// # Errors
+    /// As for [`fprop`](Self::fprop), and for a gradient that arrives through a gate.
+    pub fn dgrad(
+        &self,
+        stream: &Arc<CudaStream>,
+        gradient: GradientView<'_, '_, T>,
+        weight: &CudaView<'_, T>,
+        dx: &mut CudaViewMut<'_, T>,
+        mut output: GradientOutput<'_, '_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        let (x, y_shape, weights) = self.sizes();
+        refuse_gate(&gradient)?;
+        let mut operands = Operands::new(OPERATION, &self.device, stream)?;
+        gradient.check(&mut operands, y_shape)?;
+        operands.read("weight", weight, weights)?;
+        operands.write("dx", dx, x.elements())?;
+        output.check(&mut operands, x)?;
+        let work = self.work.dgrad(output.kind());
+        let grid = self.work.grid(x.c);
+        workspace.check(OPERATION, 2 * grid.runs as usize * x.c, grid.groups as usize)?;
+
+        let (rows, pixels) = (self.work.rows(), self.work.pixels());
+        let dy = GradientArgument::new(&gradient, stream, rows, y_shape.c as u32, pixels);
+        let to = TargetArgument { dx: address(dx, stream), skip: 0, y: 0, norm: 0 };
+        let inputs = x.c as u32;
+        let shapes = format_args!("{x} from {} channels", y_shape.c);
+        let (to, owed) = match &mut output {
+            GradientOutput::Plain { skip } => {
+                let skip = skip.map_or(0, |skip| address(skip, stream));
+                (TargetArgument { skip, ..to }, OwedFinish::default())
+            }
+            GradientOutput::Silu { y, debt } => {
+                let (y, norm) = (address(*y, stream), address(debt.norm, stream));
+                (TargetArgument { y, norm, ..to }, debt.finish(stream, x.pixels()))
+            }
+            GradientOutput::Gated { y, norm, sums } => {
+                let to = TargetArgument { y: address(*y, stream), norm: address(*norm, stream), ..to };
+                let groups = self.work.gated_groups();
+                let mut launch = self.gated.on(stream);
+                launch.value(&dy).input(weight).value(&to).value(&inputs).value(&groups).output(sums);
+                // SAFETY: all buffers have their shapes and what is written overlaps nothing. A block writes the rows of
+                // its image and the columns of its group, those that exist, and their five sums.
+                return unsafe { launch.run(work.grid, work.shared, shapes) };
+            }
+        };
+        let (mut partial, mut counters) = (workspace.partial.as_view_mut(), workspace.counters.as_view_mut());
+        let mut launch = self.dgrad.on(stream);
+        launch.value(&dy).input(weight).value(&to).value(&inputs).value(&grid).value(&owed);
+        launch.output(&mut partial).output(&mut counters);
+        // SAFETY: as in `fprop`, with the partial sums in place of moments.
+        unsafe { launch.run(work.grid, work.shared, shapes) }
+    }
+
+    /// dweight \[outputs, inputs\] += dyᵀ·x.
+    ///
+    /// # Errors
+    /// As for [`dgrad`](Self::dgrad).
+    pub fn wgrad(
+        &self,
+        stream: &Arc<CudaStream>,
+        input: Input<'_, '_, T>,
+        gradient: GradientView<'_, '_, T>,
+        dweight: &mut CudaViewMut<'_, f32>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        let (x, y_shape, weights) = self.sizes();
+        refuse_gate(&gradient)?;
+        let mut operands = Operands::new(OPERATION, &self.device, stream)?;
+        input.check(&mut operands, x)?;
+        gradient.check(&mut operands, y_shape)?;
+        operands.write("dweight", dweight, weights)?;
+        let (rows, pixels) = (self.work.rows(), self.work.pixels());
+        let input_argument = InputArgument::new(&input, stream, rows, x.c as u32, pixels);
+        let dy = GradientArgument::new(&gradient, stream, rows, y_shape.c as u32, pixels);
+        launch_wgrad(
+            &self.wgrad,
+            &self.work,
+            input.kind(),
+            stream,
+            (&dy, &input_argument),
+            dweight,
+            workspace,
+        )
+    }
+
+    /// Both: [`dgrad`](Self::dgrad) and [`wgrad`](Self::wgrad).
+    ///
+    /// # Errors
+    /// As for [`dgrad`](Self::dgrad).
+    pub fn backward(
+        &self,
+        stream: &Arc<CudaStream>,
+        input: Input<'_, '_, T>,
+        gradient: GradientView<'_, '_, T>,
+        weight: &CudaView<'_, T>,
+        dx: &mut CudaViewMut<'_, T>,
+        dweight: &mut CudaViewMut<'_, f32>,
+        output: GradientOutput<'_, '_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        // All of it before the first launch; each checks its own again.
+        let (x, y_shape, weights) = self.sizes();
+        refuse_gate(&gradient)?;
+        let mut operands = Operands::new(OPERATION, &self.device, stream)?;
+        input.check(&mut operands, x)?;
+        gradient.check(&mut operands, y_shape)?;
+        operands.read("weight", weight, weights)?;
+        operands.write("dx", dx, x.elements())?;
+        operands.write("dweight", dweight, weights)?;
+        output.check(&mut operands, x)?;
+        workspace.check(OPERATION, self.workspace_floats(), self.work.weight_grid().counters())?;
+        self.wgrad(stream, input, gradient, dweight, workspace)?;
+        self.dgrad(stream, gradient, weight, dx, output, workspace)
+    }
+}
+
+fn refuse_gate<T>(gradient: &GradientView<'_, '_, T>) -> Result<()> {
+    match gradient.arrival {
+        Arrival::Alone | Arrival::Factors(_) => Ok(()),
+        Arrival::Gated { .. } => {
+            let problem = "the gradient of its output cannot arrive through a gate: no block has squeeze-excitation \
+                           behind a pointwise convolution";
+            Err(Error::Shape { operation: OPERATION, problem: problem.into() })
+        }
+    }
+}
+
+/// The weight gradient; operands are checked but for the workspace.
+fn launch_wgrad(
+    kernel: &Kernel,
+    work: &PointwiseWork,
+    input: InputKind,
+    stream: &Arc<CudaStream>,
+    (dy, x): (&GradientArgument, &InputArgument),
+    dweight: &mut CudaViewMut<'_, f32>,
+    workspace: &mut Workspace,
+) -> Result<()> {
+    let grid = work.weight_grid();
+    workspace.check(OPERATION, grid.partial(), grid.counters())?;
+    let launched = work.wgrad(input);
+    let (mut partial, mut counters) = (workspace.partial.as_view_mut(), workspace.counters.as_view_mut());
+    let mut launch = kernel.on(stream);
+    launch.value(dy).value(x).output(dweight).value(&grid).output(&mut partial).output(&mut counters);
+    let shapes = format_args!("{} to {} channels", work.x, work.outputs);
+    // SAFETY: all buffers have their shapes and dweight overlaps none. A block reads the pixels of its split and the
+    // channels of its tile, those that exist, and writes its own partial tile, or those elements of dweight that are
+    // its alone: the last of a tile's blocks, or the only one. There are a partial tile for each block, and for each tile
+    // a counter and one for every RADIX splits.
+    unsafe { launch.run(launched.grid, launched.shared, shapes) }
+}
+
+/// The classifier of a number of images, features and classes: logits = features·Wᵀ + bias.
+#[derive(Debug)]
+pub struct Classifier<T> {
+    device: Device,
+    /// Forward, and backward with classes rounded up to a multiple of 8.
+    work: PointwiseWork,
+    classes: usize,
+    fprop: Kernel,
+    dgrad: Kernel,
+    wgrad: Kernel,
+    bias: Kernel,
+    /// dlogits with rows of `pitch` elements, where `classes` is no multiple of 8.
+    padded: Option<CudaSlice<T>>,
+}
+
+impl<T: RawElement> Classifier<T> {
+    /// For `features` \[images, features\], a multiple of 8, and any number of classes.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for no images or classes, features that are no multiple of 8, or 2³¹ elements and more; those of
+    /// [`Device::module`]; [`Error::Driver`].
+    pub fn plan(device: &Device, images: usize, features: usize, classes: usize) -> Result<Self> {
+        let pitch =
+            classes.checked_next_multiple_of(8).filter(|&pitch| pitch > 0).ok_or_else(|| Error::Shape {
+                operation: CLASSIFIER,
+                problem: format!("{classes} classes; 1 and more are possible"),
+            })?;
+        let work = PointwiseWork::new(Shape::new(images, 1, 1, features), pitch, T::DTYPE)?;
+        let padded = if pitch == classes { None } else { Some(device.zeros(images * pitch)?) };
+        Ok(Self {
+            device: device.clone(),
+            work,
+            classes,
+            fprop: load(device, &work.fprop(InputKind::Plain, OutputKind::Plain))?,
+            dgrad: load(device, &work.dgrad(GradientKind::Plain { skip: false }))?,
+            wgrad: load(device, &work.wgrad(InputKind::Plain))?,
+            bias: device.module(&FAMILY)?.kernel(&format!("pointwise_classifier_bias_{}", T::SUFFIX))?,
+            padded,
+        })
+    }
+
+    /// Floats of a [`Workspace`] that every operation does with.
+    pub fn workspace_floats(&self) -> usize {
+        self.work.workspace_floats()
+    }
+
+    /// The launches of [`fprop`](Self::fprop) and of [`backward`](Self::backward): the bias, dfeatures, the weights.
+    pub fn work(&self) -> [Work; 4] {
+        let (n, c, pitch) = (self.work.x.n, self.classes, self.work.outputs);
+        let copy = if self.padded.is_some() { n * pitch } else { 0 };
+        let bias = Work {
+            kernel: format!("pointwise_classifier_bias_{}", T::SUFFIX),
+            grid: [(pitch as u32).div_ceil(BIAS_COLUMNS), 1, 1],
+            shared: 0,
+            cost: Cost {
+                bytes: ((n * c + copy) * T::DTYPE.bytes() + 8 * c) as u64,
+                tensor_operations: 0,
+                operations: (n * c) as u64,
+            },
+        };
+        let folded = OutputKind::Folded { skip: false };
+        let dgrad = self.work.dgrad(GradientKind::Plain { skip: false });
+        [self.work.fprop(InputKind::Plain, folded), bias, dgrad, self.work.wgrad(InputKind::Plain)]
+    }
+
+    /// logits \[images, classes\] ← features·Wᵀ + bias, `weight` being \[classes, features\].
+    ///
+    /// # Errors
+    /// As for [`Pointwise::fprop`].
+    pub fn fprop(
+        &self,
+        stream: &Arc<CudaStream>,
+        features: &CudaView<'_, T>,
+        weight: &CudaView<'_, T>,
+        bias: &CudaView<'_, f32>,
+        logits: &mut CudaViewMut<'_, T>,
+    ) -> Result<()> {
+        let (x, classes) = (self.work.x, self.classes);
+        let mut operands = Operands::new(CLASSIFIER, &self.device, stream)?;
+        operands.read("features", features, x.elements())?;
+        operands.read("weight", weight, classes * x.c)?;
+        operands.read("bias", bias, classes)?;
+        operands.write("logits", logits, x.n * classes)?;
+        let input = InputArgument::new(&Input::Plain(features), stream, self.work.rows(), x.c as u32, 1);
+        let (y, bias) = (address(logits, stream), address(bias, stream));
+        let to = ForwardArgument { y, bias, skip: 0, silu: 0, moments: 0 };
+        let work = self.work.fprop(InputKind::Plain, OutputKind::Folded { skip: false });
+        let (grid, columns) = (self.work.grid(self.work.outputs), classes as u32);
+        let norm = NormFinish::default();
+        let mut launch = self.fprop.on(stream);
+        launch.value(&input).input(weight).value(&to).value(&columns).value(&grid).value(&norm).null().null();
+        // SAFETY: all buffers have their shapes and logits overlaps none. A block writes the rows of its run and the
+        // columns of its group, those that exist; rows that are not aligned it writes element by element. Without
+        // moments it uses no partial results.
+        unsafe { launch.run(work.grid, work.shared, format_args!("{} images, {classes} classes", x.n)) }
+    }
+
+    /// From dlogits \[images, classes\]: dfeatures \[images, features\] ← dlogits·W, dweight \[classes, features\] +=
+    /// dlogitsᵀ·features, and dbias \[classes\] += its sums over images.
+    ///
+    /// # Errors
+    /// As for [`Pointwise::fprop`].
+    pub fn backward(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        features: &CudaView<'_, T>,
+        dlogits: &CudaView<'_, T>,
+        weight: &CudaView<'_, T>,
+        dfeatures: &mut CudaViewMut<'_, T>,
+        dweight: &mut CudaViewMut<'_, f32>,
+        dbias: &mut CudaViewMut<'_, f32>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        let (x, classes, pitch) = (self.work.x, self.classes, self.work.outputs as u32);
+        let mut operands = Operands::new(CLASSIFIER, &self.device, stream)?;
+        operands.read("features", features, x.elements())?;
+        operands.read("dlogits", dlogits, x.n * classes)?;
+        operands.read("weight", weight, classes * x.c)?;
+        operands.write("dfeatures", dfeatures, x.elements())?;
+        operands.write("dweight", dweight, classes * x.c)?;
+        operands.write("dbias", dbias, classes)?;
+        workspace.check(CLASSIFIER, self.workspace_floats(), self.work.weight_grid().counters())?;
+        let shapes = format_args!("{} images, {classes} classes", x.n);
+        let (images, columns, inputs) = (x.n as u32, classes as u32, x.c as u32);
+        {
+            let mut copy = self.padded.as_mut().map(CudaSlice::as_view_mut);
+            let mut launch = self.bias.on(stream);
+            launch.input(dlogits).optional(copy.as_mut()).output(dbias);
+            launch.value(&images).value(&columns).value(&pitch);
+            // SAFETY: dlogits is [images, classes] and dbias [classes], which overlaps nothing; the copy, this plan's
+            // own, is [images, pitch], and where there is none the pitch is the number of classes. A block reads and
+            // writes 32 columns, those that exist.
+            unsafe { launch.run([pitch.div_ceil(BIAS_COLUMNS), 1, 1], 0, shapes) }?;
+        }
+        let padded = self.padded.as_ref().map(CudaSlice::as_view);
+        let dy = GradientArgument::plain(padded.as_ref().unwrap_or(dlogits), stream, images, columns, pitch);
+        let work = self.work.dgrad(GradientKind::Plain { skip: false });
+        let to = TargetArgument { dx: address(dfeatures, stream), skip: 0, y: 0, norm: 0 };
+        let (grid, owed) = (self.work.grid(x.c), OwedFinish::default());
+        let mut launch = self.dgrad.on(stream);
+        launch.value(&dy).input(weight).value(&to).value(&inputs).value(&grid).value(&owed).null().null();
+        // SAFETY: all buffers have their shapes, rows of dlogits or its copy begin at multiples of 16 bytes, and dfeatures
+        // overlaps nothing. A block writes the rows of its run and the columns of its group, those that exist; without
+        // sums it uses no partial results.
+        unsafe { launch.run(work.grid, work.shared, shapes) }?;
+        let input = InputArgument::new(&Input::Plain(features), stream, images, inputs, 1);
+        launch_wgrad(&self.wgrad, &self.work, InputKind::Plain, stream, (&dy, &input), dweight, workspace)
+    }
+}

@@ -6,9 +6,10 @@ mod golden;
 
 use effnetv2::model::Naming;
 use effnetv2::reference::Reference;
+use golden::Evaluated;
 
 fn check<F: effnetv2::tensor::Real>(case: &str, model: &str, naming: Naming, tolerance: f64) {
-    golden::check(Reference::<F>::new(), case, model, naming, tolerance);
+    golden::check(Reference::<F>::new(), (case, model, naming), Evaluated::Both, tolerance);
 }
 
 macro_rules! goldens {

@@ -1,7 +1,7 @@
 //! The reference against PyTorch: whole networks with closed-form weights, forward, backward and running statistics.
 
 #[path = "common/golden.rs"]
-#[allow(unreachable_pub, reason = "it is shared by test programs")]
+#[allow(dead_code, unreachable_pub, reason = "it is shared by test programs")]
 mod golden;
 
 use effnetv2::model::Naming;

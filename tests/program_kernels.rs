@@ -2,6 +2,7 @@
 
 #![cfg(feature = "cuda")]
 
+#[allow(dead_code, reason = "the program opens the devices")]
 mod devices;
 mod runs;
 

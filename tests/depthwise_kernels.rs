@@ -529,7 +529,7 @@ fn any_case() -> impl Strategy<Value = Case> {
 }
 
 proptest! {
-    #![proptest_config(devices::cases(24))]
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
     #[test]
     fn random_shapes_are_the_reference_s(case in any_case(), seed in any::<u64>()) {

@@ -69,7 +69,7 @@ struct Place {
 template <class T> constexpr unsigned batch_of = sizeof(T) == 4 ? 2 : 4;
 
 /// `use(pixel, ...)` for a thread's pixels, with eight elements of each tensor; a null tensor is not read.
-template <unsigned batch, class T, class Use>
+template <unsigned batch, Cache cache, class T, class Use>
 __device__ __forceinline__ void for_pixels(const Place& at, unsigned channels, const T* one, const T* two, Use use) {
     for (unsigned p = at.first; p < at.end; p += batch * at.lanes) {
         Pack8<T> packs[2][batch] = {};
@@ -77,8 +77,8 @@ __device__ __forceinline__ void for_pixels(const Place& at, unsigned channels, c
         for (unsigned i = 0; i < batch; ++i) {
             const unsigned pixel = p + i * at.lanes;
             if (pixel >= at.end) break;
-            packs[0][i] = load_pack8<T, Cache::streaming>(one + pixel * channels + at.channel);
-            if (two) packs[1][i] = load_pack8<T, Cache::streaming>(two + pixel * channels + at.channel);
+            packs[0][i] = load_pack8<T, cache>(one + pixel * channels + at.channel);
+            if (two) packs[1][i] = load_pack8<T, cache>(two + pixel * channels + at.channel);
         }
 #pragma unroll
         for (unsigned i = 0; i < batch; ++i) {
@@ -137,14 +137,16 @@ __device__ __forceinline__ void moments(const T* y, float* partial, unsigned* co
     if (at.inside) {
         // All lanes have the same pivot, so their sums can be added.
         load8(y + blockIdx.x * tiling.run * tiling.channels + at.channel, pivot);
-        for_pixels<batch_of<T>>(at, tiling.channels, y, static_cast<const T*>(nullptr), [&](unsigned, const float(&x)[8], const float(&)[8]) {
+        const T* none = nullptr;
+        const auto add = [&](unsigned, const float(&x)[8], const float(&)[8]) {
 #pragma unroll
             for (unsigned j = 0; j < 8; ++j) {
                 const float d = x[j] - pivot[j];
                 sum[0][j] += d;
                 sum[1][j] += d * d;
             }
-        });
+        };
+        for_pixels<batch_of<T>, Cache::normal>(at, tiling.channels, y, none, add);
     }
     sum_lanes(at, tiling.groups, sum);
     const float count = float(pixels_of(blockIdx.x));
@@ -168,7 +170,7 @@ __device__ __forceinline__ void merge(const T* y, const float* norm, const T* sk
     float a[8], b[8];
     load8<Cache::read_only>(norm + at.channel, a);
     load8<Cache::read_only>(norm + tiling.channels + at.channel, b);
-    for_pixels<batch_of<T>>(at, tiling.channels, y, skip, [&](unsigned pixel, float(&x)[8], const float(&s)[8]) {
+    const auto write = [&](unsigned pixel, float(&x)[8], const float(&s)[8]) {
         const float factor = factors ? factors[pixel / image_pixels] : 1.0f;
 #pragma unroll
         for (unsigned j = 0; j < 8; ++j) x[j] = a[j] * x[j] + b[j];
@@ -182,7 +184,9 @@ __device__ __forceinline__ void merge(const T* y, const float* norm, const T* sk
 #pragma unroll
             for (unsigned j = 0; j < 8; ++j) x[j] *= factor;
         store8(out + pixel * tiling.channels + at.channel, x);
-    });
+    };
+    // Nobody reads y or skip again before the backward pass.
+    for_pixels<batch_of<T>, Cache::streaming>(at, tiling.channels, y, skip, write);
 }
 
 /// With SiLU, and `dz` written, or without both.
@@ -201,7 +205,7 @@ __device__ __forceinline__ void backward(const T* g, const T* y, const float* fa
             load8<Cache::read_only>(to.norm + tiling.channels + at.channel, b);
         }
         load8<Cache::read_only>(to.norm + 2 * tiling.channels + at.channel, mean);
-        for_pixels<batch>(at, tiling.channels, g, y, [&](unsigned pixel, float(&d)[8], const float(&x)[8]) {
+        const auto add = [&](unsigned pixel, float(&d)[8], const float(&x)[8]) {
             const float factor = factors ? factors[pixel / image_pixels] : 1.0f;
 #pragma unroll
             for (unsigned j = 0; j < 8; ++j) {
@@ -214,7 +218,8 @@ __device__ __forceinline__ void backward(const T* g, const T* y, const float* fa
                 sum[1][j] += d[j] * (x[j] - mean[j]);
             }
             if (with_silu) store8(dz + pixel * tiling.channels + at.channel, d);
-        });
+        };
+        for_pixels<batch, Cache::normal>(at, tiling.channels, g, y, add);
         load8<Cache::read_only>(to.norm + 3 * tiling.channels + at.channel, rstd);
 #pragma unroll
         for (unsigned j = 0; j < 8; ++j) sum[1][j] *= rstd[j];

@@ -15,7 +15,6 @@ use effnetv2::backend::{
 };
 use effnetv2::data::MixPlan;
 use effnetv2::device::Device;
-use effnetv2::kernels::Work;
 use effnetv2::kernels::fused::{Accelerated, FusedElement, Planner};
 use effnetv2::model::{Architecture, Naming, initial_values};
 use effnetv2::nn::{BatchNormSpec, BlockKind, BlockSpec, Network, NetworkSpec, Role, StageSpec};
@@ -269,38 +268,6 @@ fn a_rehearsal_foresees_the_memory_of_a_step() {
     problem.step(&mut backend, &mut state, 0, 1.0);
     assert_eq!(backend.arena().high_water(), planner.footprint().arena);
     assert_eq!(backend.arena().used(), 0);
-}
-
-/// A step launches what was planned, in that order, and nothing else.
-fn assert_launches<T: FusedElement>(device: &Device, problem: &Problem) {
-    let mut planner = Planner::new(T::DTYPE);
-    problem.network.rehearse_training(&mut planner, problem.kind(), RULE).unwrap();
-    let planned: Vec<Work> = planner.draw().into_iter().chain(planner.launches().iter().cloned()).collect();
-    let mut backend = Accelerated::<T>::new(device, false).unwrap();
-    problem.prepare(&mut backend);
-    let mut state = State::new(&backend, RULE, problem.params.clone(), problem.stats.clone()).unwrap();
-    // The first one makes the copy of the weights that convolutions read; afterwards the optimizer keeps it.
-    problem.step(&mut backend, &mut state, 0, 1.0);
-    device.log_launches();
-    problem.step(&mut backend, &mut state, 1, 1.0);
-    let launched = device.take_launches();
-    let name = &problem.network.spec().name;
-    for (i, (work, launched)) in planned.iter().zip(&launched).enumerate() {
-        assert!(work.is(launched), "{name}, {} {i}: {work:?} was planned, {launched} launched", T::DTYPE);
-    }
-    assert_eq!(planned.len(), launched.len(), "{name}, {}", T::DTYPE);
-}
-
-#[test]
-fn a_rehearsal_foresees_the_launches_of_a_step() {
-    let Some(device) = device() else { return };
-    for problem in [Problem::model("nano", 10, 4, 32, 0.2), Problem::model("b0", 8, 2, 32, 0.0)] {
-        assert_launches::<f32>(&device, &problem);
-        assert_launches::<bf16>(&device, &problem);
-    }
-    for (name, block) in blocks() {
-        assert_launches::<f16>(&device, &Problem::new(spec(name, Padding::Same, &[block]), 3, 13, 0.2));
-    }
 }
 
 #[test]

@@ -8,11 +8,17 @@
 //! Without a GPU a benchmark says so in one line and ends well. `EFFNETV2_BENCH_HOST=LIBRARY` goes through the same code on
 //! the host device that `kernels/host/build.sh` built, once and at tiny sizes: it proves the benchmark and times nothing.
 
+#![allow(dead_code, unused_imports, reason = "no benchmark needs all of it")]
+
+mod layer;
+
+pub(crate) use layer::{Layer, Vectors, gradient};
+
 use criterion::{BenchmarkId, Criterion, Throughput};
 use effnetv2::device::cudarc::driver::CudaSlice;
 use effnetv2::device::cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE;
 use effnetv2::device::{Device, Element, Graph};
-use effnetv2::kernels::Work;
+use effnetv2::kernels::{Cost, Work};
 use effnetv2::report::table::{Column, Table, percent, si};
 use effnetv2::{Error, Result};
 use std::path::Path;
@@ -35,6 +41,8 @@ pub(crate) struct Bench {
 struct Row {
     name: String,
     bytes: u64,
+    /// Operations of matrix products.
+    products: u64,
     /// Median of the samples, in seconds; none on the host device.
     time: Option<f64>,
 }
@@ -116,8 +124,8 @@ impl Bench {
         run: fn(&mut S) -> Result<()>,
     ) -> Result<()> {
         let names: Vec<&str> = work.iter().map(|work| work.kernel.as_str()).collect();
-        let bytes = work.iter().map(|work| work.cost.bytes).sum();
-        self.add(format!("{} {shape}", names.join(" + ")), bytes, set, run)
+        let cost = work.iter().map(|work| work.cost).sum();
+        self.add(format!("{} {shape}", names.join(" + ")), cost, set, run)
     }
 
     /// What the memory of this GPU can do: a copy from one place to another, which is read and written.
@@ -132,16 +140,17 @@ impl Bench {
             Ok(Copy { device: device.clone(), from: device.zeros(length)?, to: device.zeros(length)? })
         };
         let copy = |set: &mut Copy| effnetv2::device::copy(set.device.compute(), &set.from, &mut set.to);
-        self.add("copy".into(), 2 * length as u64, set, copy)
+        self.add("copy".into(), Cost { bytes: 2 * length as u64, ..Cost::default() }, set, copy)
     }
 
     fn add<S: 'static>(
         &mut self,
         name: String,
-        bytes: u64,
+        cost: Cost,
         set: impl Fn(&Device) -> Result<S>,
         run: fn(&mut S) -> Result<()>,
     ) -> Result<()> {
+        let (bytes, products) = (cost.bytes, cost.tensor_operations);
         let count = (ROTATION * self.cache).div_ceil(bytes.max(1)).clamp(2, 1024);
         let sets = (0..count).map(|_| set(&self.device)).collect::<Result<_>>()?;
         let mut case = Case { sets, run };
@@ -157,7 +166,7 @@ impl Bench {
         };
         time(1)?;
         let Some(criterion) = &mut self.criterion else {
-            self.rows.push(Row { name, bytes, time: None });
+            self.rows.push(Row { name, bytes, products, time: None });
             return Ok(());
         };
         let (mut samples, mut failure) = (Vec::new(), None);
@@ -180,7 +189,7 @@ impl Bench {
         samples.sort_by(f64::total_cmp);
         // None where the command line leaves the case out.
         if let Some(&median) = samples.get(samples.len() / 2) {
-            self.rows.push(Row { name, bytes, time: Some(median) });
+            self.rows.push(Row { name, bytes, products, time: Some(median) });
         }
         Ok(())
     }
@@ -203,6 +212,7 @@ impl Bench {
             Column::right("time"),
             Column::right("bandwidth"),
             Column::right("of a copy's"),
+            Column::right("products"),
         ]);
         for row in rows {
             let (Some(time), Some(rate)) = (row.time, rate(row)) else { continue };
@@ -212,6 +222,10 @@ impl Bench {
                 si(time, "s"),
                 format!("{:.0} GB/s", rate / 1e9),
                 copy.map_or_else(|| "not measured".into(), |copy| percent(rate / copy)),
+                match row.products {
+                    0 => String::new(),
+                    products => format!("{:.1} TFLOP/s", products as f64 / time / 1e12),
+                },
             ]);
         }
         println!("\n{table}");

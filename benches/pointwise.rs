@@ -1,0 +1,100 @@
+//! Pointwise convolutions of EfficientNetV2-S at 300 px: `benches/devices` says what is measured and how.
+
+mod devices;
+
+use devices::{Bench, Layer, gradient};
+use effnetv2::Result;
+use effnetv2::kernels::pointwise::{Pointwise, PointwiseWork};
+use effnetv2::kernels::{GradientKind, GradientOutput, Input, InputKind, Output, OutputKind};
+use effnetv2::tensor::{Dtype, Shape};
+use half::bf16;
+use std::process::ExitCode;
+
+struct Set {
+    plan: Pointwise<bf16>,
+    kind: InputKind,
+    layer: Layer,
+}
+
+fn fprop(set: &mut Set) -> Result<()> {
+    let Layer { device, x, y, weight, input, output, gate, workspace, .. } = &mut set.layer;
+    let (x, norm, gate) = (x.as_view(), input.norm.as_view(), gate.as_view());
+    let (weight, mut y) = (weight.as_view(), y.as_view_mut());
+    let input = match set.kind {
+        InputKind::Plain => Input::Plain(&x),
+        InputKind::Silu => Input::Silu { y: &x, norm: &norm },
+        InputKind::Gated => Input::Gated { y: &x, norm: &norm, gate: &gate },
+    };
+    output.moments(|statistics| {
+        let output = Output::Moments(statistics);
+        set.plan.fprop(device.compute(), input, &weight, &mut y, output, workspace)
+    })
+}
+
+fn dgrad(set: &mut Set) -> Result<()> {
+    let Layer { device, x, dx, y, g, weight, input, output, sums, workspace, .. } = &mut set.layer;
+    let (x, weight, mut dx, mut sums) = (x.as_view(), weight.as_view(), dx.as_view_mut(), sums.as_view_mut());
+    gradient((g, y, output), |gradient| {
+        input.debt(|norm, debt| {
+            let output = match set.kind {
+                InputKind::Plain => GradientOutput::Plain { skip: None },
+                InputKind::Silu => GradientOutput::Silu { y: &x, debt },
+                InputKind::Gated => GradientOutput::Gated { y: &x, norm, sums: &mut sums },
+            };
+            set.plan.dgrad(device.compute(), gradient, &weight, &mut dx, output, workspace)
+        })
+    })
+}
+
+fn wgrad(set: &mut Set) -> Result<()> {
+    let Layer { device, x, y, g, dweight, input, output, gate, workspace, .. } = &mut set.layer;
+    let (x, norm, gate) = (x.as_view(), input.norm.as_view(), gate.as_view());
+    let mut dweight = dweight.as_view_mut();
+    let input = match set.kind {
+        InputKind::Plain => Input::Plain(&x),
+        InputKind::Silu => Input::Silu { y: &x, norm: &norm },
+        InputKind::Gated => Input::Gated { y: &x, norm: &norm, gate: &gate },
+    };
+    gradient((g, y, output), |gradient| {
+        set.plan.wgrad(device.compute(), input, gradient, &mut dweight, workspace)
+    })
+}
+
+/// side, inputs, outputs, and how the input is read: the projections of both kinds of block, expansions, and the head.
+const LAYERS: &[(usize, usize, usize, InputKind)] = &[
+    (75, 192, 48, InputKind::Silu),
+    (38, 256, 64, InputKind::Silu),
+    (19, 128, 512, InputKind::Plain),
+    (19, 512, 128, InputKind::Gated),
+    (19, 960, 160, InputKind::Gated),
+    (10, 256, 1536, InputKind::Plain),
+    (10, 1536, 256, InputKind::Gated),
+    (10, 256, 1280, InputKind::Plain),
+];
+
+fn benchmarks(bench: &mut Bench) -> Result<()> {
+    for &(side, inputs, outputs, kind) in LAYERS {
+        let (images, side, inputs, outputs) = bench.size((64, side, inputs, outputs), (2, 3, 64, 40));
+        let x = Shape::new(images, side, side, inputs);
+        let work = PointwiseWork::new(x, outputs, Dtype::Bf16)?;
+        let name = format!("{x} to {outputs}, {kind:?}");
+        let set = |device: &_| {
+            let y = x.with_channels(outputs);
+            let layer = Layer::new(device, x, y, inputs * outputs, work.workspace_floats())?;
+            Ok(Set { plan: Pointwise::plan(device, x, outputs)?, kind, layer })
+        };
+        let gradient = match kind {
+            InputKind::Plain => GradientKind::Plain { skip: false },
+            InputKind::Silu => GradientKind::Silu,
+            InputKind::Gated => GradientKind::Gated,
+        };
+        bench.case(&name, &[work.fprop(kind, OutputKind::Moments)], set, fprop)?;
+        bench.case(&name, &[work.dgrad(gradient)], set, dgrad)?;
+        bench.case(&name, &[work.wgrad(kind)], set, wgrad)?;
+    }
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    devices::main("pointwise", benchmarks)
+}

@@ -5,7 +5,7 @@ mod runs;
 use effnetv2::train::checkpoint::Checkpoint;
 use effnetv2::train::run::{CHECKPOINT, METRICS};
 use image::{ImageFormat, Rgb, RgbImage};
-use runs::{Outcome, effnetv2, lines, program, succeed, untrained, wait_until, write};
+use runs::{ON_IMAGES, Outcome, effnetv2, images, lines, program, succeed, untrained, wait_until, write};
 use std::fs;
 use std::path::Path;
 use tempfile::TempDir;
@@ -26,25 +26,6 @@ fn fail(folder: &Path, args: &[&str], code: i32, says: &[&str]) {
         assert!(err.contains(text), "{args:?} should say {text:?}: {err}");
     }
 }
-
-/// Two classes, `blue` and `red`, of four training images and one for validation.
-fn images(root: &Path) {
-    for (class, color) in [("blue", [10, 10, 250]), ("red", [250, 10, 10])] {
-        for place in ["train", "val"].map(|part| root.join(part).join(class)) {
-            fs::create_dir_all(&place).unwrap();
-            let count = if place.starts_with(root.join("train")) { 4 } else { 1 };
-            for number in 0..count {
-                let file = place.join(format!("{number}.png"));
-                RgbImage::from_pixel(40, 36, Rgb(color)).save(file).unwrap();
-            }
-        }
-    }
-}
-
-const ON_IMAGES: [&str; 13] = [
-    "train", "--model", "nano", "--data", "data", "--size", "32", "--batch", "4", "--epochs", "2", "--out",
-    "run",
-];
 
 #[test]
 fn a_wrong_flag_is_named_with_its_value_and_what_would_work() {

@@ -1,14 +1,15 @@
 //! The reference against PyTorch: whole networks with closed-form weights, forward, backward and running statistics.
 
 #[path = "common/golden.rs"]
-#[allow(unreachable_pub, reason = "it is shared by test programs")]
+#[allow(dead_code, unreachable_pub, reason = "it is shared by test programs")]
 mod golden;
 
 use effnetv2::model::Naming;
 use effnetv2::reference::Reference;
+use golden::Evaluated;
 
 fn check<F: effnetv2::tensor::Real>(case: &str, model: &str, naming: Naming, tolerance: f64) {
-    golden::check(Reference::<F>::new(), case, model, naming, tolerance);
+    golden::check(Reference::<F>::new(), (case, model, naming), Evaluated::Both, tolerance);
 }
 
 macro_rules! goldens {

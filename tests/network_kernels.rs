@@ -403,14 +403,15 @@ fn folded_inference_is_unfolded_within_rounding() {
 }
 
 macro_rules! goldens {
-    ($($case:ident: $model:literal, $naming:ident;)*) => {
+    ($($case:ident: $model:literal, $naming:ident, $evaluated:ident;)*) => {
         mod goldens {
             $(
                 #[test]
                 fn $case() {
                     let Some(device) = super::device() else { return };
                     let backend = super::Accelerated::<f32>::new(&device, false).unwrap();
-                    super::golden::check(backend, stringify!($case), $model, super::Naming::$naming, 1e-3);
+                    let case = (stringify!($case), $model, super::Naming::$naming);
+                    super::golden::check(backend, case, super::golden::Evaluated::$evaluated, 1e-3);
                 }
             )*
         }
@@ -418,11 +419,11 @@ macro_rules! goldens {
 }
 
 goldens! {
-    nano_24: "nano", Timm;
-    nano_odd_37: "nano", Timm;
-    tf_b0_64: "b0", Timm;
-    tf_s_96: "s", Timm;
-    torchvision_s_64: "s", Torchvision;
+    nano_24: "nano", Timm, Both;
+    nano_odd_37: "nano", Timm, Both;
+    tf_b0_64: "b0", Timm, Both;
+    tf_s_96: "s", Timm, Calibrated;
+    torchvision_s_64: "s", Torchvision, Calibrated;
 }
 
 #[test]

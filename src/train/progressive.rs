@@ -361,7 +361,7 @@ mod tests {
             (Progressive { stages: 0, ..good }, "progressive.stages = 0"),
             (Progressive { stages: 11, ..good }, "progressive.stages = 11"),
             (Progressive { image_size: [31, 300], ..good }, "progressive.image_size = 31"),
-            (Progressive { image_size: [128, 127], ..good }, "progressive.image_size = 127"),
+            (Progressive { image_size: [128, 127], ..good }, "progressive.image_size = 128"),
             (Progressive { multiple_of: Some(0), ..good }, "progressive.multiple_of = 0"),
             (Progressive { dropout: [0.1, 1.0], ..good }, "progressive.dropout = 1"),
             (Progressive { randaugment: [-1.0, 1.0], ..good }, "progressive.randaugment = -1"),

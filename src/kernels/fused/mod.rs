@@ -312,7 +312,7 @@ impl<T: FusedElement> Backend for Accelerated<T> {
 
     fn prepare(&mut self, mut rehearse: impl FnMut(&mut Planner) -> Result<()>) -> Result<()> {
         let planner = Self::rehearsed(&mut rehearse)?;
-        let mut changed = self.feeds.set_drops(planner.drops().to_vec());
+        let mut changed = self.feeds.add_drops(planner.drops());
         let footprint = planner.footprint();
         if footprint.arena > self.arena.capacity() {
             if self.arena.used() > 0 {

@@ -42,9 +42,12 @@ pub struct Footprint {
 }
 
 impl Footprint {
-    /// All bytes but those of the flat buffers, which are there before a pass is.
+    /// What is left for the small buffers of plans, and for the driver.
+    pub const SPARE: usize = 32 << 20;
+
+    /// All bytes but those of the flat buffers, which are there before a pass is; with [`SPARE`](Self::SPARE).
     pub fn passes(&self) -> usize {
-        self.arena + self.workspace * size_of::<f32>() + self.feeds
+        self.arena + self.workspace * size_of::<f32>() + self.feeds + Self::SPARE
     }
 }
 

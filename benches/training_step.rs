@@ -1,6 +1,7 @@
 //! A whole training step of the CPU reference in f32: forward, loss, backward, SGD with momentum.
 //!
-//! `benches/peers/training_step.py` times the same step in PyTorch.
+//! Prints the peak of resident memory (on Linux) behind each case. `benches/peers/training_step.py` measures the same step
+//! in PyTorch.
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use effnetv2::backend::{Backend, Mode, State, StepKey};
@@ -14,6 +15,14 @@ use std::time::Duration;
 
 /// model, image side, batch
 const CASES: &[(&str, usize, usize)] = &[("b0", 96, 16), ("s", 128, 8)];
+
+/// The peak of resident memory in MiB since the last call.
+fn peak_memory() -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.strip_suffix("kB"))?;
+    std::fs::write("/proc/self/clear_refs", "5").ok()?;
+    Some(peak.trim().parse::<f64>().ok()? / 1024.0)
+}
 
 fn training_step(c: &mut Criterion) {
     let mut group = c.benchmark_group("training_step");
@@ -49,6 +58,10 @@ fn training_step(c: &mut Criterion) {
                 number += 1;
             });
         });
+        let peak = peak_memory();
+        if let (Some(peak), true) = (peak, number > 0) {
+            println!("{model}_{side}px_batch{batch}: peak memory {peak:.0} MiB");
+        }
     }
     group.finish();
 }

@@ -23,6 +23,8 @@
 // batch_norm_evaluate: for each part p of `parts`, a layer's channels first .. first + count - 1, in `norms`: scale = gamma /
 //   sqrt(running variance + epsilon), shift = beta - scale running mean, and running mean and 1 / sqrt(...). Grid parts,
 //   block 256; least bytes 32 for each channel.
+// batch_norm_fold: folded[i] = scale[i / row] weights[i], of type T: a convolution's weights [channels, row] with the
+//   normalisation of inference in them. Grid ceil(channels row / 2048), block 256; least bytes those of weights and folded.
 // batch_norm_factors: factors[b stride + n] = 0 where the top 24 bits of the first number of the stream (seed, epoch, image
 //   n, purpose of block b) are below its threshold, else its keep. Grid blocks x ceil(images / 256), block 256.
 
@@ -238,6 +240,23 @@ struct Drop {
     unsigned purpose;
 };
 
+template <class T>
+__device__ __forceinline__ void fold(const float* weights, const float* scale, T* folded, unsigned count,
+                                     unsigned row) {
+    const unsigned first = (blockIdx.x * threads + threadIdx.x) * 8;
+    // Channels are a multiple of 8, and so are weights.
+    if (first >= count) return;
+    float w[8];
+    load8(weights + first, w);
+    unsigned channel = first / row, left = row - (first - channel * row);
+#pragma unroll
+    for (float& value : w) {
+        value *= scale[channel];
+        if (--left == 0) ++channel, left = row;
+    }
+    store8(folded + first, w);
+}
+
 } // namespace
 
 #define EFFNETV2_BATCH_NORM(suffix, T)                                                                       \
@@ -262,6 +281,11 @@ struct Drop {
         const Tiling tiling, unsigned image_pixels, const OwedFinish to) {                                   \
         backward<true>(g, y, factors, dz, partial, counters, tiling, image_pixels, to);                      \
     }                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(threads) batch_norm_fold_##suffix(                          \
+        const float* weights, const float* scale, T* folded, unsigned count, unsigned row) {                 \
+        fold(weights, scale, folded, count, row);                                                            \
+    }                                                                                                        \
+    EFFNETV2_KERNEL(batch_norm_fold_##suffix)                                                                \
     EFFNETV2_KERNEL(batch_norm_moments_##suffix)                                                             \
     EFFNETV2_KERNEL(batch_norm_merge_##suffix)                                                               \
     EFFNETV2_KERNEL(batch_norm_backward_##suffix)                                                            \

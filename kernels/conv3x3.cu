@@ -9,10 +9,10 @@
 //   dweight[o, kh, kw, i]  += sum over n, oh, ow of dy[n, oh, ow, o] x[n, s oh + kh - pad_top, s ow + kw - pad_left, i]
 //   dx[n, ih, iw, i]        = skip + sum over o and the kh, kw that reach ih, iw of dy[n, oh, ow, o] weight[o, kh, kw, i]
 //
-// The mainloop is gemm.cuh: 128 x 128 (wide), 128 x 64 (narrow) or, for dweight, 64 x 128 tiles; f16 and bf16 on
+// The mainloop is gemm.cuh: 128 x 128 (wide), 128 x 64 (narrow), 128 x 32 (slim) or, for dweight, 64 x 128 tiles; f16 and bf16 on
 // tensor cores, f32 in plain arithmetic. Nothing is lowered in memory: the loaders below gather what lies under the kernel,
 // 16 bytes of a pixel's channels at a time. Each direction is 18 * outputs * inputs operations for each pixel of y. Blocks
-// have 256 threads.
+// have 256 threads, slim ones 128.
 //
 // conv3x3_fprop: rows are pixels of y, k is (kh, kw, i), as it lies in the weights. Stores y as ForwardOutput says: with the
 //   moments of batch norm, or folded for inference. Grid runs * groups as in GemmGrid, groups of `bn` outputs. Least bytes: x,
@@ -29,10 +29,11 @@
 
 namespace {
 
-constexpr unsigned threads = 256, side = 3, taps = side * side;
+constexpr unsigned side = 3, taps = side * side;
 
 template <class T> using Wide = GemmTile<T, 128, 128, 2, 4, 3>;
 template <class T> using Narrow = GemmTile<T, 128, 64, 4, 2, 3>;
+template <class T> using Slim = GemmTile<T, 128, 32, 4, 1, 3>;
 template <class T> using Weights = GemmTile<T, 64, 128, 2, 4, 3>;
 
 /// Where pixels of y lie in x.
@@ -139,12 +140,12 @@ struct GradientShape {
 /// The operand of dgrad [pixels of the class, (tap, output)]: dy where the taps take them.
 template <class T> struct ConvGradient {
     static constexpr unsigned sources = 2;
-    static constexpr bool may_transform = true;
+    static constexpr bool may_transform = true, keeps_rows = true;
     const T *g, *y;
     const float* owed;
     unsigned out_height, out_width;
     FastDivisor outputs;
-    GradientClass own;
+    const GradientClass& own;
 
     struct Row {
         unsigned offset, reached;
@@ -196,7 +197,7 @@ template <class T> struct ConvTaps {
     const T* weight;
     unsigned inputs, stride;
     FastDivisor outputs;
-    GradientClass own;
+    const GradientClass& own;
 
     struct Row {
         unsigned offset;
@@ -225,7 +226,7 @@ template <class T> struct ConvGradientEpilogue {
     T* dx;
     const T* skip;
     unsigned height, width, stride, inputs;
-    GradientClass own;
+    const GradientClass& own;
 
     __device__ __forceinline__ Extra prefetch(unsigned pixel, unsigned column) const {
         const unsigned line = own.columns.quotient(pixel), image = own.rows.quotient(line);
@@ -297,14 +298,14 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
 } // namespace
 
 #define EFFNETV2_CONV3X3(suffix, T, Tile)                                                                    \
-    extern "C" __global__ void __launch_bounds__(threads, 2) conv3x3_fprop_##suffix(                         \
+    extern "C" __global__ void __launch_bounds__(Tile<T>::threads, 512 / Tile<T>::threads) conv3x3_fprop_##suffix( \
         const T* x, const T* weight, T* y, const float* bias, const T* skip, float* partial,                 \
         unsigned* counters, const NormFinish norm, const ConvShape shape, unsigned outputs, unsigned silu,   \
         unsigned moments, const GemmGrid grid) {                                                             \
         fprop<Tile<T>>(x, weight, ForwardOutput<T>{y, bias, skip, silu, moments}, shape, outputs, grid,      \
                        norm, partial, counters);                                                             \
     }                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(threads, 2)                                                 \
+    extern "C" __global__ void __launch_bounds__(Tile<T>::threads, 512 / Tile<T>::threads)                   \
         conv3x3_dgrad_##suffix(const T* g, const T* y, const float* owed, const T* weight, const T* skip,    \
                                T* dx, const GradientShape shape) {                                           \
         dgrad<Tile<T>>(g, y, owed, weight, skip, dx, shape);                                                 \
@@ -313,7 +314,7 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
     EFFNETV2_KERNEL(conv3x3_dgrad_##suffix)
 
 #define EFFNETV2_CONV3X3_WGRAD(suffix, T)                                                                    \
-    extern "C" __global__ void __launch_bounds__(threads, 2)                                                 \
+    extern "C" __global__ void __launch_bounds__(Weights<T>::threads, 2)                                     \
         conv3x3_wgrad_##suffix(const T* g, const T* y, const float* owed, const T* x, float* dweight,        \
                                float* partial, unsigned* counters, const ConvShape shape, unsigned outputs,  \
                                const WeightGrid grid) {                                                      \
@@ -326,6 +327,8 @@ EFFNETV2_CONV3X3(narrow_f16, f16, Narrow)
 EFFNETV2_CONV3X3(narrow_bf16, bf16, Narrow)
 EFFNETV2_CONV3X3(wide_f16, f16, Wide)
 EFFNETV2_CONV3X3(wide_bf16, bf16, Wide)
+EFFNETV2_CONV3X3(slim_f16, f16, Slim)
+EFFNETV2_CONV3X3(slim_bf16, bf16, Slim)
 EFFNETV2_CONV3X3_WGRAD(f32, float)
 EFFNETV2_CONV3X3_WGRAD(f16, f16)
 EFFNETV2_CONV3X3_WGRAD(bf16, bf16)

@@ -1,39 +1,42 @@
-// Depthwise convolution, one k x k filter a channel, k = 3 or 5, stride s = 1 or 2: forward, and the gradients of input
-// and weights in one pass.
+// Depthwise convolution, one k x k filter a channel, k = 3 or 5, stride s = 1 or 2: forward, and the gradients of
+// input and weights in one pass.
 //
 //   y[n, oh, ow, c] = sum over kh, kw of w[kh, kw, c] x[n, s oh + kh - top, s ow + kw - left, c]
 //
-// Shapes: input [n, h, w, c], output and its gradient [n, oh, ow, c], weights [k, k, c], all of the element type; their
-// gradient [k, k, c] f32, added to. Channels are a multiple of 8; every array is aligned to 16 bytes. Sums are in f32.
+// Shapes: input [n, h, w, c], output and its gradient [n, oh, ow, c], weights [k, k, c], all of the element type T; the
+// gradient of the weights [k, k, c] f32, added to. Channels are a multiple of 8; every array is aligned to 16 bytes.
+// Sums are in f32 and in a fixed order.
 //
-//   fprop     x = input, or SiLU(scale input + shift) with `norm` [4, c]; zero beyond the border. What is stored is y; and
-//             its moments become a normalisation (NormFinish); or act(y + bias[c]) + skip [n, oh, ow, c] is stored instead.
-//   backward  dy = a dz + b raw + c with `owed` [3, c]; dz = g, or (gate[n, c] g + dpool[n, c]) SiLU'(scale raw + shift)
-//             with the `raw_norm` of that output. dx is stored: plus skip [n, h, w, c], or, where x = SiLU(z), as
-//             dz = dx SiLU'(z), whose sums and those of dz xhat become OwedFinish.
+// depthwise_fprop_*: x is the input, or with `norm` [4, c] SiLU(scale input + shift); zero beyond the border. Stored is
+// y, of which `finish` makes a normalisation; or, with `bias` [c], act(y + bias) + skip, skip [n, oh, ow, c].
 //
-// A thread has a few channels of a strip: some columns, and rows one after the other. Of its sums over rows it keeps what
-// rows share: the outputs that the rows so far have begun (fprop), or the last rows of dy (backward, which needs each
-// element of the input only once), so every row is read and transformed once a strip. Strips overlap by k - 1 columns
-// (stride 1); a transform is dearer than its load, and wide strips keep their number down.
+// depthwise_backward_*: dy = a dz + b raw + c with `owed` [3, c], raw being the convolution's output; dz = g, or with
+// `raw_norm` [4, c] (gate[n, c] g + dpool[n, c]) SiLU'(scale raw + shift). Stored is dx + skip, skip [n, h, w, c]; or,
+// where x is SiLU(z), dz = dx SiLU'(z), and of its sums and those of dz xhat `finish` makes the producer's debt.
 //
-// Rows are counted in steps: step o is output row o and the input rows s o - top ... s o - top + s - 1, in the coordinates
-// u = row + top the rows s o ... s o + s - 1. Columns likewise. So tap t of input row u = s o + r meets output row o - age
-// where t = s age + r.
+// A thread has 4 or 2 channels of a strip: a few columns, and rows one after the other. What rows share stays in
+// registers: forward the outputs that the rows so far have begun, backward the last rows of dy, so that each element of
+// the input is needed only once. So every row is read and transformed once a strip; strips side by side share k - 1
+// columns (stride 1) and read them twice. 64 channels lie side by side in a warp's lanes, which is at least a line.
 //
-// A block has 64 channels, `lanes` threads side by side, and `slots` strips at a time. The grid is runs * ceil(c / 64)
-// blocks, channel tiles fastest; run i has the strips i * per_slot * slots and following, per_slot for each slot. The
-// partial sums of all runs are added up by the last block of a channel tile.
+// Rows are counted in steps: step o is row o of the output, and of the input the rows s o ... s o + s - 1 in the
+// coordinate u = row + top. Columns likewise. Tap t of input row u = s o + r then meets output row o - age, where
+// t = s age + r.
 //
-// Least bytes: each tensor once: input, y and skip; input twice as read and written, g and raw. Operations: 2 k k for each
-// element of y forward, 4 k k backward, and an exponential and a reciprocal for each SiLU.
+// Grid: runs * ceil(c / 64) blocks of 128 threads, channel tiles fastest. A block has 64 channels, 64 / (channels of a
+// thread) lanes side by side, and as many slots as that leaves threads for; run i has the strips from i * per_slot *
+// slots on, one for each slot at a time. The last block of a channel tile adds up the partial sums of all runs.
+//
+// Least bytes: forward input, y and skip; backward input, g, raw, dx and skip; beside them weights, vectors and, twice,
+// partial sums: [runs, 2, c], backward [runs, k k + 2, c] floats. Operations: 2 k k for each element of y forward,
+// 4 k k backward, and an exponential and a reciprocal for each SiLU.
 
 #include "include/activation.cuh"
 #include "include/batch_norm.cuh"
 #include "include/last_block.cuh"
 #include "include/types.cuh"
 
-/// The sides of both tensors, and how they are cut. Steps are output rows forward; backward they begin at top / stride.
+/// The sides of both tensors, and how they are cut. Steps begin at 0 forward, at top / stride backward.
 struct DepthwiseGeometry {
     unsigned images, height, width, out_height, out_width, channels, top, left;
     /// Strips of an image side by side, and one below the other with `steps` steps each.
@@ -53,7 +56,8 @@ template <class T, unsigned count> struct Packed {
 };
 
 /// Loads what `inside` says is there, else zeros.
-template <unsigned count, class T> __device__ __forceinline__ Packed<T, count> load_packed(const T* from, bool inside) {
+template <unsigned count, class T>
+__device__ __forceinline__ Packed<T, count> load_packed(const T* from, bool inside) {
     Packed<T, count> pack = {};
     constexpr unsigned size = Packed<T, count>::size;
     if (!inside) return pack;
@@ -61,7 +65,8 @@ template <unsigned count, class T> __device__ __forceinline__ Packed<T, count> l
 #pragma unroll
         for (unsigned i = 0; i < size; i += 4) {
             const uint4 four = load16<uint4>(reinterpret_cast<const uint32_t*>(from) + i);
-            pack.words[i] = four.x, pack.words[i + 1] = four.y, pack.words[i + 2] = four.z, pack.words[i + 3] = four.w;
+            pack.words[i] = four.x, pack.words[i + 1] = four.y, pack.words[i + 2] = four.z,
+            pack.words[i + 3] = four.w;
         }
     } else if constexpr (size == 2) {
         const uint2 two = *reinterpret_cast<const uint2*>(from);
@@ -72,7 +77,8 @@ template <unsigned count, class T> __device__ __forceinline__ Packed<T, count> l
     return pack;
 }
 
-template <class T, unsigned count> __device__ __forceinline__ void store_packed(T* to, const Packed<T, count>& pack) {
+template <class T, unsigned count>
+__device__ __forceinline__ void store_packed(T* to, const Packed<T, count>& pack) {
     constexpr unsigned size = Packed<T, count>::size;
     if constexpr (size >= 4) {
 #pragma unroll
@@ -86,16 +92,15 @@ template <class T, unsigned count> __device__ __forceinline__ void store_packed(
     }
 }
 
-/// x <- the elements from number first on.
-template <class T, unsigned count, unsigned size>
-__device__ __forceinline__ void unpack(const Packed<T, count>& pack, float (&x)[size], unsigned first = 0) {
+template <class T, unsigned count>
+__device__ __forceinline__ void unpack(const Packed<T, count>& pack, float (&x)[count]) {
     if constexpr (sizeof(T) == 4) {
 #pragma unroll
-        for (unsigned i = 0; i < size; ++i) x[i] = __uint_as_float(pack.words[first + i]);
+        for (unsigned i = 0; i < count; ++i) x[i] = __uint_as_float(pack.words[i]);
     } else {
 #pragma unroll
-        for (unsigned i = 0; i < size / 2; ++i) {
-            const float2 pair = unpack2<T>(pack.words[first / 2 + i]);
+        for (unsigned i = 0; i < count / 2; ++i) {
+            const float2 pair = unpack2<T>(pack.words[i]);
             x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
         }
     }
@@ -113,14 +118,6 @@ template <class T, unsigned count> __device__ __forceinline__ Packed<T, count> p
     return to;
 }
 
-/// The elements from number first on <- x.
-template <class T, unsigned count, unsigned size>
-__device__ __forceinline__ void replace(Packed<T, count>& to, const float (&x)[size], unsigned first) {
-    const Packed<T, size> part = pack<T>(x);
-#pragma unroll
-    for (unsigned i = 0; i < part.size; ++i) to.words[first * sizeof(T) / 4 + i] = part.words[i];
-}
-
 /// The sigmoid, or 1 for all finite z: with that SiLU is the identity and its derivative 1, at no cost.
 struct Gate {
     float exponent, weight;
@@ -132,36 +129,33 @@ struct Gate {
     }
 };
 
-/// One float for each channel of a tile, in shared memory, such that the lanes of a warp read theirs without conflicts.
-/// A lane's come in pieces.
-template <unsigned count, unsigned piece> struct Row {
-    static constexpr unsigned lanes = tile / count;
-    float values[tile];
+/// One float for each channel of a tile, in shared memory.
+template <unsigned count> struct Row {
+    alignas(16) float values[tile];
 
-    __device__ __forceinline__ float& at(unsigned channel) {
-        const unsigned lane = channel / count, within = channel % count;
-        return values[(within / piece * lanes + lane) * piece + within % piece];
-    }
-    /// Piece `part` of one lane's.
-    __device__ __forceinline__ void get(unsigned lane, unsigned part, float (&x)[piece]) const {
-        reload_shared(values + (part * lanes + lane) * piece, x);
+    /// Those of one lane.
+    __device__ __forceinline__ void get(unsigned lane, float (&x)[count]) const {
+#pragma unroll
+        for (unsigned j = 0; j < count; ++j) x[j] = values[lane * count + j];
     }
 };
 
 /// rows[i] <- the tile's part of vector i of `from` [rows, channels], zeros beyond the channels.
-template <unsigned rows, unsigned count, unsigned piece, class T>
-__device__ __forceinline__ void fill(Row<count, piece>* to, const T* from, unsigned first, unsigned channels) {
+template <unsigned rows, unsigned count, class T>
+__device__ __forceinline__ void fill(Row<count>* to, const T* from, unsigned first, unsigned channels) {
     for (unsigned i = threadIdx.x; i < rows * tile; i += threads) {
         const unsigned row = i / tile, channel = i % tile;
-        to[row].at(channel) = first + channel < channels ? to_float(from[row * channels + first + channel]) : 0.0f;
+        to[row].values[channel] =
+            first + channel < channels ? to_float(from[row * channels + first + channel]) : 0.0f;
     }
 }
 
 /// The same for a vector that may be absent.
-template <unsigned count, unsigned piece>
-__device__ __forceinline__ void fill(Row<count, piece>& to, const float* from, unsigned first, unsigned channels, float absent) {
+template <unsigned count>
+__device__ __forceinline__ void fill(Row<count>& to, const float* from, unsigned first, unsigned channels,
+                                     float absent) {
     for (unsigned channel = threadIdx.x; channel < tile; channel += threads)
-        to.at(channel) = from != nullptr && first + channel < channels ? from[first + channel] : absent;
+        to.values[channel] = from != nullptr && first + channel < channels ? from[first + channel] : absent;
 }
 
 /// A thread's place in the grid.
@@ -186,7 +180,8 @@ template <unsigned count> struct Place {
 struct Strip {
     unsigned image, column, step, end;
 
-    __device__ __forceinline__ Strip(const DepthwiseGeometry& shape, unsigned index, unsigned columns, unsigned total) {
+    __device__ __forceinline__ Strip(const DepthwiseGeometry& shape, unsigned index, unsigned columns,
+                                     unsigned total) {
         const unsigned above = index / shape.strips;
         column = (index - above * shape.strips) * columns;
         image = above / shape.cuts;
@@ -196,7 +191,8 @@ struct Strip {
 };
 
 /// The pixels of the output in the first `strips` strips, of `columns` columns each.
-__device__ __forceinline__ unsigned pixels_before(const DepthwiseGeometry& shape, unsigned strips, unsigned columns) {
+__device__ __forceinline__ unsigned pixels_before(const DepthwiseGeometry& shape, unsigned strips,
+                                                  unsigned columns) {
     const unsigned above = strips / shape.strips, image = above / shape.cuts;
     const unsigned row = min((above - image * shape.cuts) * shape.steps, shape.out_height);
     const unsigned rows = min(shape.steps, shape.out_height - row);
@@ -204,26 +200,19 @@ __device__ __forceinline__ unsigned pixels_before(const DepthwiseGeometry& shape
            rows * min((strips - above * shape.strips) * columns, shape.out_width);
 }
 
-/// What becomes of the output.
-struct Storing {
-    const float* bias;
-    const void* skip;
-    unsigned moments, silu;
-};
-
 template <class T, unsigned count, unsigned kernel, unsigned stride, unsigned columns>
 __device__ __forceinline__ void fprop(const T* x, const float* norm, const T* weight, T* y, const float* bias,
-                                      unsigned silu_after, const T* skip, const NormFinish& finish, float* partial,
-                                      unsigned* counters, const DepthwiseGeometry& shape) {
+                                      unsigned silu_after, const T* skip, const NormFinish& finish,
+                                      float* partial, unsigned* counters, const DepthwiseGeometry& shape) {
     // A row of the input takes part in `ages` rows of the output.
     constexpr unsigned ages = (kernel - 1) / stride + 1, wide = (columns - 1) * stride + kernel;
-    constexpr unsigned piece = count < 4 ? count : 4;
     using At = Place<count>;
-    __shared__ Row<count, piece> filter[kernel * kernel], scales, shifts, biases;
+    __shared__ Row<count> filter[kernel * kernel], scales, shifts, biases;
     __shared__ float means[At::slots][tile], deviations[At::slots][tile];
     __shared__ unsigned pixels[At::slots];
     const At at(shape.channels);
-    const unsigned channels = shape.channels, row_size = shape.width * channels, out_row_size = shape.out_width * channels;
+    const unsigned channels = shape.channels, row_size = shape.width * channels,
+                   out_row_size = shape.out_width * channels;
     fill<kernel * kernel>(filter, weight, at.first, channels);
     fill(scales, norm, at.first, channels, 1.0f);
     fill(shifts, norm == nullptr ? nullptr : norm + channels, at.first, channels, 0.0f);
@@ -241,8 +230,10 @@ __device__ __forceinline__ void fprop(const T* x, const float* norm, const T* we
         const Strip strip(shape, index, columns, shape.out_height);
         const int left = int(strip.column * stride) - int(shape.left);
         // Elements are fewer than 2^31: 32 bits name them, and wrap around where nothing is read.
-        const unsigned from = (strip.image * shape.height * shape.width + unsigned(left)) * channels + at.channel;
-        const unsigned to = (strip.image * shape.out_height * shape.out_width + strip.column) * channels + at.channel;
+        const unsigned from =
+            (strip.image * shape.height * shape.width + unsigned(left)) * channels + at.channel;
+        const unsigned to =
+            (strip.image * shape.out_height * shape.out_width + strip.column) * channels + at.channel;
         float sum[ages][columns][count] = {};
         for (unsigned group = strip.step; group < strip.end + ages - 1; group += ages) {
 #pragma unroll
@@ -257,38 +248,36 @@ __device__ __forceinline__ void fprop(const T* x, const float* norm, const T* we
                     Packed<T, count> raw[wide];
 #pragma unroll
                     for (unsigned v = 0; v < wide; ++v)
-                        raw[v] = load_packed<count>(x + (line + v * channels), unsigned(left + int(v)) < shape.width);
-                    // A few channels at a time: fewer registers.
+                        raw[v] = load_packed<count>(x + (line + v * channels),
+                                                    unsigned(left + int(v)) < shape.width);
+
+                    float active[wide][count], scale[count], shift[count];
+                    scales.get(at.lane, scale);
+                    shifts.get(at.lane, shift);
 #pragma unroll
-                    for (unsigned part = 0; part < count / piece; ++part) {
-                        float active[wide][piece], scale[piece], shift[piece];
-                        scales.get(at.lane, part, scale);
-                        shifts.get(at.lane, part, shift);
+                    for (unsigned v = 0; v < wide; ++v) {
+                        unpack(raw[v], active[v]);
+                        const bool inside = unsigned(left + int(v)) < shape.width;
 #pragma unroll
-                        for (unsigned v = 0; v < wide; ++v) {
-                            unpack(raw[v], active[v], part * piece);
-                            const bool inside = unsigned(left + int(v)) < shape.width;
-#pragma unroll
-                            for (unsigned j = 0; j < piece; ++j) {
-                                const float z = scale[j] * active[v][j] + shift[j];
-                                active[v][j] = inside ? z * before(z) : 0.0f;
-                            }
+                        for (unsigned j = 0; j < count; ++j) {
+                            const float z = scale[j] * active[v][j] + shift[j];
+                            active[v][j] = inside ? z * before(z) : 0.0f;
                         }
+                    }
 #pragma unroll
-                        for (unsigned age = 0; age < ages; ++age) {
-                            const unsigned tap = stride * age + r;
-                            if (tap >= kernel) continue;
-                            float (&line_of)[columns][count] = sum[(phase + ages - age) % ages];
+                    for (unsigned age = 0; age < ages; ++age) {
+                        const unsigned tap = stride * age + r;
+                        if (tap >= kernel) continue;
+                        float (&line_of)[columns][count] = sum[(phase + ages - age) % ages];
 #pragma unroll
-                            for (unsigned t = 0; t < kernel; ++t) {
-                                float w[piece];
-                                filter[tap * kernel + t].get(at.lane, part, w);
+                        for (unsigned t = 0; t < kernel; ++t) {
+                            float w[count];
+                            filter[tap * kernel + t].get(at.lane, w);
 #pragma unroll
-                                for (unsigned q = 0; q < columns; ++q)
+                            for (unsigned q = 0; q < columns; ++q)
 #pragma unroll
-                                    for (unsigned j = 0; j < piece; ++j)
-                                        line_of[q][part * piece + j] += w[j] * active[q * stride + t][j];
-                            }
+                                for (unsigned j = 0; j < count; ++j)
+                                    line_of[q][j] += w[j] * active[q * stride + t][j];
                         }
                     }
                 }
@@ -301,15 +290,12 @@ __device__ __forceinline__ void fprop(const T* x, const float* norm, const T* we
                     for (unsigned q = 0; q < columns; ++q) {
                         if (strip.column + q >= shape.out_width) break;
                         if (bias != nullptr) {
+                            float offset[count];
+                            biases.get(at.lane, offset);
 #pragma unroll
-                            for (unsigned part = 0; part < count / piece; ++part) {
-                                float offset[piece];
-                                biases.get(at.lane, part, offset);
-#pragma unroll
-                                for (unsigned j = 0; j < piece; ++j) {
-                                    const float z = done[q][part * piece + j] + offset[j];
-                                    done[q][part * piece + j] = z * after(z);
-                                }
+                            for (unsigned j = 0; j < count; ++j) {
+                                const float z = done[q][j] + offset[j];
+                                done[q][j] = z * after(z);
                             }
                             if (skip != nullptr) {
                                 float other[count];
@@ -372,19 +358,20 @@ __device__ __forceinline__ void fprop(const T* x, const float* norm, const T* we
 }
 
 template <class T, unsigned count, unsigned kernel, unsigned stride, unsigned columns>
-__device__ __forceinline__ void backward(const T* x, const T* g, const T* raw, const float* owed, const float* raw_norm,
-                                         const float* gate, const float* dpool, const T* weight, T* dx, float* dweight,
-                                         const T* skip, const OwedFinish& finish, float* partial, unsigned* counters,
-                                         const DepthwiseGeometry& shape) {
+__device__ __forceinline__ void
+backward(const T* x, const T* g, const T* raw, const float* owed, const float* raw_norm, const float* gate,
+         const float* dpool, const T* weight, T* dx, float* dweight, const T* skip, const OwedFinish& finish,
+         float* partial, unsigned* counters, const DepthwiseGeometry& shape) {
     // A row of dy is met by `ages` steps of the input; a strip has `columns` columns of steps.
     constexpr unsigned ages = (kernel - 1) / stride + 1, taps = kernel * kernel, wide = columns * stride;
-    constexpr unsigned halo = columns + ages - 1, piece = 2;
+    constexpr unsigned halo = columns + ages - 1;
     using At = Place<count>;
-    __shared__ Row<count, piece> filter[taps], norms[3];
-    __shared__ Row<count, count> owing[3], slopes[2];
+    __shared__ Row<count> filter[taps], norms[3];
+    __shared__ Row<count> owing[3], slopes[2];
     __shared__ float totals[threads / 32][taps + 2][tile];
     const At at(shape.channels);
-    const unsigned channels = shape.channels, row_size = shape.width * channels, out_row_size = shape.out_width * channels;
+    const unsigned channels = shape.channels, row_size = shape.width * channels,
+                   out_row_size = shape.out_width * channels;
     const float* norm = finish.norm;
     fill<taps>(filter, weight, at.first, channels);
     fill<3>(owing, owed, at.first, channels);
@@ -409,11 +396,12 @@ __device__ __forceinline__ void backward(const T* x, const T* g, const T* raw, c
         const int column = int(strip.column + first_column) - int(ages - 1);
         const int left = int((strip.column + first_column) * stride) - int(shape.left);
         // Elements are fewer than 2^31: 32 bits name them, and wrap around where nothing is read.
-        const unsigned from = (strip.image * shape.height * shape.width + unsigned(left)) * channels + at.channel;
+        const unsigned from =
+            (strip.image * shape.height * shape.width + unsigned(left)) * channels + at.channel;
         const unsigned out_from =
             (strip.image * shape.out_height * shape.out_width + unsigned(column)) * channels + at.channel;
         float factor[count], offset[count];
-        owing[0].get(at.lane, 0, factor);
+        owing[0].get(at.lane, factor);
 #pragma unroll
         for (unsigned j = 0; j < count; ++j) offset[j] = 0.0f;
         if (raw_norm != nullptr) {
@@ -426,129 +414,125 @@ __device__ __forceinline__ void backward(const T* x, const T* g, const T* raw, c
         }
         float dy[ages][halo][count] = {};
         Packed<T, count> arriving[halo], made[halo];
+        const auto inside = [&](unsigned v) { return unsigned(left + int(v)) < shape.width; };
+        const auto inside_out = [&](unsigned q) { return unsigned(column + int(q)) < shape.out_width; };
+        const auto row_of = [&](int step, unsigned r) {
+            return step * int(stride) + int(r) - int(shape.top);
+        };
         const auto load_row = [&](int step) {
             const unsigned line = out_from + unsigned(step) * out_row_size;
             const bool there = step >= 0 && step < int(shape.out_height);
 #pragma unroll
             for (unsigned q = 0; q < halo; ++q) {
-                const bool inside = there && unsigned(column + int(q)) < shape.out_width;
-                arriving[q] = load_packed<count>(g + (line + q * channels), inside);
-                made[q] = load_packed<count>(raw + (line + q * channels), inside);
+                const bool needed = there && inside_out(q);
+                arriving[q] = load_packed<count>(g + (line + q * channels), needed);
+                made[q] = load_packed<count>(raw + (line + q * channels), needed);
             }
         };
         load_row(begin - int(ages - 1));
 #pragma unroll 1
         for (int step = begin - int(ages - 1); step < end; ++step) {
-            {
 #pragma unroll
-                for (unsigned age = ages - 1; age > 0; --age)
+            for (unsigned age = ages - 1; age > 0; --age)
 #pragma unroll
-                    for (unsigned q = 0; q < halo; ++q)
+                for (unsigned q = 0; q < halo; ++q)
 #pragma unroll
-                        for (unsigned j = 0; j < count; ++j) dy[age][q][j] = dy[age - 1][q][j];
-                float (&row)[halo][count] = dy[0];
-                if (step >= 0 && step < int(shape.out_height)) {
-                    float scale[count], shift[count], slope_of[count], constant[count];
-                    slopes[0].get(at.lane, 0, scale);
-                    slopes[1].get(at.lane, 0, shift);
-                    owing[1].get(at.lane, 0, slope_of);
-                    owing[2].get(at.lane, 0, constant);
+                    for (unsigned j = 0; j < count; ++j) dy[age][q][j] = dy[age - 1][q][j];
+            Packed<T, count> stored[stride][wide];
 #pragma unroll
-                    for (unsigned q = 0; q < halo; ++q) {
-                        float gradient[count], y[count];
-                        unpack(arriving[q], gradient);
-                        unpack(made[q], y);
-                        const bool inside = unsigned(column + int(q)) < shape.out_width;
+            for (unsigned r = 0; r < stride; ++r) {
+                const unsigned line = from + unsigned(row_of(step, r)) * row_size;
+                const bool there = step >= begin && unsigned(row_of(step, r)) < shape.height;
 #pragma unroll
-                        for (unsigned j = 0; j < count; ++j) {
-                            const float z = scale[j] * y[j] + shift[j], slope = silu_grad(z, sigmoid_of_raw(z));
-                            const float value = (factor[j] * gradient[j] + offset[j]) * slope + (slope_of[j] * y[j] + constant[j]);
-                            row[q][j] = inside ? value : 0.0f;
-                        }
+                for (unsigned v = 0; v < wide; ++v)
+                    stored[r][v] = load_packed<count>(x + (line + v * channels), there && inside(v));
+            }
+            float (&row)[halo][count] = dy[0];
+            if (step >= 0 && step < int(shape.out_height)) {
+                float scale[count], shift[count], slope_of[count], constant[count];
+                slopes[0].get(at.lane, scale);
+                slopes[1].get(at.lane, shift);
+                owing[1].get(at.lane, slope_of);
+                owing[2].get(at.lane, constant);
+#pragma unroll
+                for (unsigned q = 0; q < halo; ++q) {
+                    float gradient[count], y[count];
+                    unpack(arriving[q], gradient);
+                    unpack(made[q], y);
+#pragma unroll
+                    for (unsigned j = 0; j < count; ++j) {
+                        const float z = scale[j] * y[j] + shift[j], slope = silu_grad(z, sigmoid_of_raw(z));
+                        const float value = (factor[j] * gradient[j] + offset[j]) * slope +
+                                            (slope_of[j] * y[j] + constant[j]);
+                        row[q][j] = inside_out(q) ? value : 0.0f;
                     }
-                } else {
-#pragma unroll
-                    for (unsigned q = 0; q < halo; ++q)
-#pragma unroll
-                        for (unsigned j = 0; j < count; ++j) row[q][j] = 0.0f;
                 }
-                // Under way while the rest of the step is computed.
-                if (step + 1 < end) load_row(step + 1);
-                if (step < begin) continue;
+            } else {
 #pragma unroll
-                for (unsigned r = 0; r < stride; ++r) {
-                    const int input_row = step * int(stride) + int(r) - int(shape.top);
-                    if (input_row < 0 || input_row >= int(shape.height)) continue;
-                    const unsigned line = from + unsigned(input_row) * row_size;
-                    Packed<T, count> stored[wide];
+                for (unsigned q = 0; q < halo; ++q)
 #pragma unroll
-                    for (unsigned v = 0; v < wide; ++v)
-                        stored[v] = load_packed<count>(x + (line + v * channels),
-                                                       unsigned(left + int(v)) < shape.width);
-                    // A few channels at a time: fewer registers.
+                    for (unsigned j = 0; j < count; ++j) row[q][j] = 0.0f;
+            }
+            // Under way while the rest of the step is computed.
+            if (step + 1 < end) load_row(step + 1);
+            if (step < begin) continue;
 #pragma unroll
-                    for (unsigned part = 0; part < count / piece; ++part) {
-                        float active[wide][piece], slope[wide][piece], gradient[wide][piece] = {};
-                        float scale[piece], shift[piece], mean[piece];
-                        norms[0].get(at.lane, part, scale);
-                        norms[1].get(at.lane, part, shift);
-                        norms[2].get(at.lane, part, mean);
+            for (unsigned r = 0; r < stride; ++r) {
+                if (unsigned(row_of(step, r)) >= shape.height) continue;
+                const unsigned line = from + unsigned(row_of(step, r)) * row_size;
+                float active[wide][count], slope[wide][count], gradient[wide][count] = {};
+                float scale[count], shift[count], mean[count];
+                norms[0].get(at.lane, scale);
+                norms[1].get(at.lane, shift);
+                norms[2].get(at.lane, mean);
 #pragma unroll
-                        for (unsigned v = 0; v < wide; ++v) {
-                            float y[piece];
-                            unpack(stored[v], y, part * piece);
-                            const bool inside = unsigned(left + int(v)) < shape.width;
+                for (unsigned v = 0; v < wide; ++v) {
+                    float y[count];
+                    unpack(stored[r][v], y);
 #pragma unroll
-                            for (unsigned j = 0; j < piece; ++j) {
-                                const float z = scale[j] * y[j] + shift[j], s = inside ? sigmoid_of_x(z) : 0.0f;
-                                active[v][j] = z * s;
-                                slope[v][j] = silu_grad(z, s);
-                            }
-                        }
-#pragma unroll
-                        for (unsigned age = 0; age < ages; ++age) {
-                            const unsigned tap = stride * age + r;
-                            if (tap >= kernel) continue;
-                            const float (&line_of)[halo][count] = dy[age];
-#pragma unroll
-                            for (unsigned t = 0; t < kernel; ++t) {
-                                float w[piece];
-                                filter[tap * kernel + t].get(at.lane, part, w);
-#pragma unroll
-                                for (unsigned q = 0; q < columns; ++q)
-#pragma unroll
-                                    for (unsigned j = 0; j < piece; ++j) {
-                                        const unsigned v = q * stride + t % stride;
-                                        const float d = line_of[q + ages - 1 - t / stride][part * piece + j];
-                                        gradient[v][j] += w[j] * d;
-                                        total[tap * kernel + t][part * piece + j] += active[v][j] * d;
-                                    }
-                            }
-                        }
-#pragma unroll
-                        for (unsigned v = 0; v < wide; ++v) {
-                            float y[piece];
-                            unpack(stored[v], y, part * piece);
-#pragma unroll
-                            for (unsigned j = 0; j < piece; ++j) {
-                                gradient[v][j] *= slope[v][j];
-                                total[taps][part * piece + j] += gradient[v][j];
-                                total[taps + 1][part * piece + j] += gradient[v][j] * (y[j] - mean[j]);
-                            }
-                            if (skip != nullptr) {
-                                const bool inside = unsigned(left + int(v)) < shape.width;
-                                float other[piece];
-                                unpack(load_packed<piece>(skip + (line + v * channels + part * piece), inside), other);
-#pragma unroll
-                                for (unsigned j = 0; j < piece; ++j) gradient[v][j] += other[j];
-                            }
-                            replace(stored[v], gradient[v], part * piece);
-                        }
+                    for (unsigned j = 0; j < count; ++j) {
+                        const float z = scale[j] * y[j] + shift[j], s = inside(v) ? sigmoid_of_x(z) : 0.0f;
+                        active[v][j] = z * s;
+                        slope[v][j] = silu_grad(z, s);
                     }
+                }
 #pragma unroll
-                    for (unsigned v = 0; v < wide; ++v)
-                        if (unsigned(left + int(v)) < shape.width)
-                            store_packed(dx + (line + v * channels), stored[v]);
+                for (unsigned age = 0; age < ages; ++age) {
+                    const unsigned tap = stride * age + r;
+                    if (tap >= kernel) continue;
+                    const float (&line_of)[halo][count] = dy[age];
+#pragma unroll
+                    for (unsigned t = 0; t < kernel; ++t) {
+                        float w[count];
+                        filter[tap * kernel + t].get(at.lane, w);
+#pragma unroll
+                        for (unsigned q = 0; q < columns; ++q)
+#pragma unroll
+                            for (unsigned j = 0; j < count; ++j) {
+                                const unsigned v = q * stride + t % stride;
+                                const float d = line_of[q + ages - 1 - t / stride][j];
+                                gradient[v][j] += w[j] * d;
+                                total[tap * kernel + t][j] += active[v][j] * d;
+                            }
+                    }
+                }
+#pragma unroll
+                for (unsigned v = 0; v < wide; ++v) {
+                    float y[count];
+                    unpack(stored[r][v], y);
+#pragma unroll
+                    for (unsigned j = 0; j < count; ++j) {
+                        gradient[v][j] *= slope[v][j];
+                        total[taps][j] += gradient[v][j];
+                        total[taps + 1][j] += gradient[v][j] * (y[j] - mean[j]);
+                    }
+                    if (skip != nullptr) {
+                        float other[count];
+                        unpack(load_packed<count>(skip + (line + v * channels), inside(v)), other);
+#pragma unroll
+                        for (unsigned j = 0; j < count; ++j) gradient[v][j] += other[j];
+                    }
+                    if (inside(v)) store_packed(dx + (line + v * channels), pack<T>(gradient[v]));
                 }
             }
         }
@@ -563,7 +547,8 @@ __device__ __forceinline__ void backward(const T* x, const T* g, const T* raw, c
 #pragma unroll
                 for (unsigned distance = At::lanes; distance < 32; distance *= 2)
                     total[t][j] += __shfl_xor_sync(0xffffffffu, total[t][j], distance);
-                if (threadIdx.x % 32 < At::lanes) totals[threadIdx.x / 32][t][at.lane * count + j] = total[t][j];
+                if (threadIdx.x % 32 < At::lanes)
+                    totals[threadIdx.x / 32][t][at.lane * count + j] = total[t][j];
             }
         __syncthreads();
     };
@@ -595,13 +580,8 @@ __device__ __forceinline__ void backward(const T* x, const T* g, const T* raw, c
 #pragma unroll
             for (unsigned t = 0; t < taps; ++t) {
                 const float* from = tap_sums + (run * taps + t) * channels + at.channel;
-                if constexpr (count == 4) {
-                    const float4 four = __ldcg(reinterpret_cast<const float4*>(from));
-                    total[t][0] += four.x, total[t][1] += four.y, total[t][2] += four.z, total[t][3] += four.w;
-                } else {
-                    const float2 two = __ldcg(reinterpret_cast<const float2*>(from));
-                    total[t][0] += two.x, total[t][1] += two.y;
-                }
+                const float2 two = __ldcg(reinterpret_cast<const float2*>(from));
+                total[t][0] += two.x, total[t][1] += two.y;
             }
     collect();
     for (unsigned i = threadIdx.x; i < taps * tile; i += threads) {
@@ -614,28 +594,31 @@ __device__ __forceinline__ void backward(const T* x, const T* g, const T* raw, c
 
 } // namespace
 
-#define EFFNETV2_DEPTHWISE(suffix, T, kernel, stride, count, columns, blocks, back_count, back_columns, back_blocks)   \
-    extern "C" __global__ void __launch_bounds__(threads, blocks) depthwise_fprop_##kernel##x##kernel##_s##stride##_##suffix( \
-        const T* x, const float* norm, const T* weight, T* y, const float* bias, unsigned silu_after, const T* skip, \
-        NormFinish finish, float* partial, unsigned* counters, DepthwiseGeometry shape) {                    \
-        fprop<T, count, kernel, stride, columns>(x, norm, weight, y, bias, silu_after, skip, finish, partial, counters, \
-                                                 shape);                                                     \
+#define EFFNETV2_DEPTHWISE(suffix, T, kernel, stride, blocks, columns, back_blocks)                          \
+    extern "C" __global__ void __launch_bounds__(threads, blocks)                                            \
+        depthwise_fprop_##kernel##x##kernel##_s##stride##_##suffix(                                          \
+            const T* x, const float* norm, const T* weight, T* y, const float* bias, unsigned silu_after,    \
+            const T* skip, NormFinish finish, float* partial, unsigned* counters, DepthwiseGeometry shape) { \
+        fprop<T, 4, kernel, stride, 4>(x, norm, weight, y, bias, silu_after, skip, finish, partial,          \
+                                       counters, shape);                                                     \
     }                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(threads, back_blocks) depthwise_backward_##kernel##x##kernel##_s##stride##_##suffix( \
-        const T* x, const T* g, const T* raw, const float* owed, const float* raw_norm, const float* gate,   \
-        const float* dpool, const T* weight, T* dx, float* dweight, const T* skip, OwedFinish finish,        \
-        float* partial, unsigned* counters, DepthwiseGeometry shape) {                                       \
-        backward<T, back_count, kernel, stride, back_columns>(x, g, raw, owed, raw_norm, gate, dpool, weight, dx, dweight, \
-                                                              skip, finish, partial, counters, shape);       \
+    extern "C" __global__ void __launch_bounds__(threads, back_blocks)                                       \
+        depthwise_backward_##kernel##x##kernel##_s##stride##_##suffix(                                       \
+            const T* x, const T* g, const T* raw, const float* owed, const float* raw_norm,                  \
+            const float* gate, const float* dpool, const T* weight, T* dx, float* dweight, const T* skip,    \
+            OwedFinish finish, float* partial, unsigned* counters, DepthwiseGeometry shape) {                \
+        backward<T, 2, kernel, stride, columns>(x, g, raw, owed, raw_norm, gate, dpool, weight, dx, dweight, \
+                                                skip, finish, partial, counters, shape);                     \
     }                                                                                                        \
     EFFNETV2_KERNEL(depthwise_fprop_##kernel##x##kernel##_s##stride##_##suffix)                              \
     EFFNETV2_KERNEL(depthwise_backward_##kernel##x##kernel##_s##stride##_##suffix)
 
+// The blocks of a multiprocessor are as many as leave enough registers for nothing to be spilled.
 #define EFFNETV2_DEPTHWISE_TYPE(suffix, T)                                                                   \
-    EFFNETV2_DEPTHWISE(suffix, T, 3, 1, 4, 4, 4, 2, 4, 3)                                                    \
-    EFFNETV2_DEPTHWISE(suffix, T, 3, 2, 4, 4, 4, 4, 2, 3)                                                    \
-    EFFNETV2_DEPTHWISE(suffix, T, 5, 1, 4, 4, 2, 2, 4, 2)                                                    \
-    EFFNETV2_DEPTHWISE(suffix, T, 5, 2, 4, 4, 3, 2, 2, 3)
+    EFFNETV2_DEPTHWISE(suffix, T, 3, 1, 4, 4, 3)                                                             \
+    EFFNETV2_DEPTHWISE(suffix, T, 3, 2, 4, 4, 2)                                                             \
+    EFFNETV2_DEPTHWISE(suffix, T, 5, 1, 2, 4, 2)                                                             \
+    EFFNETV2_DEPTHWISE(suffix, T, 5, 2, 3, 2, 2)
 
 EFFNETV2_DEPTHWISE_TYPE(f32, float)
 EFFNETV2_DEPTHWISE_TYPE(f16, f16)

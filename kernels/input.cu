@@ -1,5 +1,6 @@
-// The network's input: 8-bit RGB to normalised elements, flipped and mixed on the way.
+// The network's input: 8-bit RGB images, resized; and what they become as normalised elements, flipped and mixed on the way.
 //
+// input_<type>:
 // x [n, side, side, 3] u8 and y of the same shape, T being f32, f16 or bf16; both aligned to 16 bytes. `table`
 // [3, 256] f32 holds what each value of each channel becomes, (value / 255 - mean) / deviation, so that the
 // result does not depend on how a device rounds. `mix` [n] says for each image what becomes of it.
@@ -10,6 +11,17 @@
 // in f32, both products rounded before the sum, then rounded to T. Where `other` is 0 the partner is not read.
 // Grid ceil(elements / 8192), block 256. Least bytes for each element: 1, 1 more where the partner is read, and
 // the size of T; at most 2 multiplications and an addition.
+//
+// input_resize: images of any size, in `pixels` [height, width, 3] u8 each, to out [n, side, side, 3] u8. `sources` [n] says
+// where each lies and what is read of it; `taps`, for its rows and its columns, which pixels make each of the output and with
+// what weights, integers with `shift` binary places:
+//
+//   r(b) = clip(sum over the taps k of output row o of weight_k pixel(start_o + k, b)), for each byte b of the columns read
+//   out[i, o, x, c] = clip(sum over the taps k of output column x of weight_k r(3 (start_x + k) + c))
+//   clip(v) = v rounded half up at `shift`, within 0 .. 255
+//
+// All sums are of 32-bit integers, and exact. Grid n * side, block 256, dynamic shared memory for a row of the widest
+// source. Least bytes: those of the sources that are read and of out; 2 operations for each tap and byte.
 
 #include "include/ptx.cuh"
 #include "include/types.cuh"
@@ -148,7 +160,76 @@ __device__ __forceinline__ void forward(const unsigned char* images, const float
     }
 }
 
+/// One image, 32 bytes.
+struct Source {
+    /// Where it begins, in bytes, and how long a row is.
+    unsigned offset, stride;
+    /// Where the taps of its rows and of its columns begin.
+    unsigned rows, columns;
+    /// The columns that are read: bytes before them in a row, and bytes of them.
+    unsigned first, bytes;
+    unsigned row_shift, column_shift;
+};
+
+/// The taps of one output row or column: the first pixel, and the weights of it and those behind it.
+struct Taps {
+    const int* weights;
+    unsigned start, count;
+
+    /// `table` holds for each row or column, and one past the last, its start and where in `all` its weights begin.
+    __device__ __forceinline__ Taps(const unsigned* all, const unsigned* table, unsigned which) {
+        const unsigned begin = table[2 * which + 1];
+        weights = reinterpret_cast<const int*>(all) + begin;
+        start = table[2 * which];
+        count = table[2 * which + 3] - begin;
+    }
+};
+
+__device__ __forceinline__ unsigned char clip(int sum, unsigned shift) {
+    return static_cast<unsigned char>(min(max(sum >> shift, 0), 255));
+}
+
+__device__ __forceinline__ void resize(const unsigned char* pixels, const Source* sources, const unsigned* all,
+                                       unsigned char* out, unsigned side) {
+    unsigned char* row = dynamic_shared<unsigned char>();
+    const unsigned image = blockIdx.x / side, o = blockIdx.x - image * side;
+    const Source source = sources[image];
+    const Taps rows(all, all + source.rows, o);
+    const unsigned char* from = pixels + source.offset + rows.start * source.stride + source.first;
+    for (unsigned b = threadIdx.x; b < source.bytes; b += threads) {
+        int sum = 1 << (source.row_shift - 1);
+#pragma unroll 4
+        for (unsigned k = 0; k < rows.count; ++k) sum += rows.weights[k] * from[k * source.stride + b];
+        row[b] = clip(sum, source.row_shift);
+    }
+    __syncthreads();
+    for (unsigned x = threadIdx.x; x < side; x += threads) {
+        const Taps columns(all, all + source.columns, x);
+        const unsigned char* pixel = row + columns.start * channels - source.first;
+        int sum[channels];
+#pragma unroll
+        for (unsigned c = 0; c < channels; ++c) sum[c] = 1 << (source.column_shift - 1);
+#pragma unroll 2
+        for (unsigned k = 0; k < columns.count; ++k) {
+            const int weight = columns.weights[k];
+#pragma unroll
+            for (unsigned c = 0; c < channels; ++c) sum[c] += weight * pixel[k * channels + c];
+        }
+#pragma unroll
+        for (unsigned c = 0; c < channels; ++c)
+            out[(blockIdx.x * side + x) * channels + c] = clip(sum[c], source.column_shift);
+    }
+}
+
 } // namespace
+
+extern "C" __global__ void __launch_bounds__(threads)
+    input_resize(const unsigned char* pixels, const Source* sources, const unsigned* taps, unsigned char* out,
+                 unsigned side) {
+    resize(pixels, sources, taps, out, side);
+}
+
+EFFNETV2_KERNEL(input_resize)
 
 #define EFFNETV2_INPUT(suffix, T)                                                                            \
     extern "C" __global__ void __launch_bounds__(threads)                                                    \

@@ -13,9 +13,10 @@
 // What a block computes for is a tile of `columns` x 4 `bands` output pixels of one image; a block walks the tiles blockIdx.x,
 // blockIdx.x + gridDim.x, ..., so that there are few partial sums. Everything is added in a fixed order. A block has 256 threads.
 //
-// stem_fprop: stores y; with `moments` also takes the moments of what it stores (include/batch_norm.cuh), with `folded` stores
-//   act(y + bias) + skip. Grid at most 512. Least bytes: those of x (or bytes), y, weight and skip; 54 operations for each
-//   element of y. Dynamic shared memory: 4 * 27 * channels, then the input rows, at least 8192.
+// stem_fprop: stores y; with `moments` also takes the moments of what it stores (include/batch_norm.cuh; the pixels of each run
+//   lie behind them), with `folded` stores act(y + bias) + skip. Grid at most 512. Least bytes: those of x (or bytes), y,
+//   weight and skip; 54 operations for each element of y. Dynamic shared memory: 4 * 27 * channels, then the input rows, at
+//   least 8192.
 // stem_wgrad: Grid at most 256. Least bytes: those of x, g, y, dweight twice and the partial sums; 54 operations for each
 //   element of y. Dynamic shared memory: 4 * 4 * bands * columns * channels, at least 8192, then the input rows.
 // stem_dgrad: Grid ceil(images * height * width / 256). Least bytes: those of g, y, dx, skip and weight; 54 operations for
@@ -179,7 +180,8 @@ template <class T>
 __device__ __forceinline__ void fprop(const StemInput<T>& x, const T* weight, T* y, const StemOutput<T>& output,
                                       float* partial, unsigned* counter, const NormFinish& finish,
                                       const StemShape& s) {
-    __shared__ float table[colors * 256], pivots[max_channels];
+    __shared__ float table[colors * 256];
+    __align__(16) __shared__ float pivots[max_channels];
     float* const weights = dynamic_shared<float>();
     T* const shared_rows = dynamic_shared<T>(taps * s.channels * 4);
     fill_table(x, table);
@@ -265,8 +267,12 @@ __device__ __forceinline__ void fprop(const StemInput<T>& x, const T* weight, T*
         partial[blockIdx.x * 2 * s.channels + threadIdx.x] = all.mean(pivots[threadIdx.x], pixels);
         partial[(blockIdx.x * 2 + 1) * s.channels + threadIdx.x] = all.deviations(pixels);
     }
+    const float* const counts = partial + 2 * gridDim.x * s.channels;
     if (threadIdx.x == 0) partial[2 * gridDim.x * s.channels + blockIdx.x] = pixels;
-    if (is_last_block(counter, gridDim.x)) finish_moments<threads>(partial, gridDim.x, s.channels, 0, s.channels, finish);
+    if (!is_last_block(counter, gridDim.x)) return;
+    finish_moments<threads>(partial, gridDim.x, s.channels, 0, s.channels, finish,
+                            s.images * s.out_height * s.out_width,
+                            [=](unsigned run) { return unsigned(__ldcg(counts + run)); });
 }
 
 /// dy of eight channels at once; owed is [3, channels].
@@ -287,7 +293,8 @@ __device__ __forceinline__ void load_gradient(const T* g, const T* y, unsigned a
 template <class T>
 __device__ __forceinline__ void wgrad(const StemInput<T>& x, const T* g, const T* y, const float* owed, float* dweight,
                                       float* partial, unsigned* counter, unsigned rows_at, const StemShape& s) {
-    __shared__ float table[colors * 256], coefficients[3 * max_channels];
+    __shared__ float table[colors * 256];
+    __align__(16) __shared__ float coefficients[3 * max_channels];
     float* const gradient = dynamic_shared<float>();
     T* const shared_rows = dynamic_shared<T>(rows_at);
     fill_table(x, table);
@@ -355,7 +362,7 @@ __device__ __forceinline__ void wgrad(const StemInput<T>& x, const T* g, const T
 template <class T>
 __device__ __forceinline__ void dgrad(const T* g, const T* y, const float* owed, const T* weight, const T* skip, T* dx,
                                       const StemShape& s) {
-    __shared__ float weights[taps * max_channels];
+    __align__(16) __shared__ float weights[taps * max_channels];
     fill_weights(weight, weights, s.channels);
     __syncthreads();
     const unsigned pixel = blockIdx.x * threads + threadIdx.x;
@@ -404,7 +411,7 @@ __device__ __forceinline__ void dgrad(const T* g, const T* y, const float* owed,
         float* dweight, float* partial, unsigned* counter, unsigned rows_at, StemShape shape) {              \
         wgrad({x, bytes, table}, g, y, owed, dweight, partial, counter, rows_at, shape);                     \
     }                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(threads) stem_dgrad_##suffix(                               \
+    extern "C" __global__ void __launch_bounds__(threads, 2) stem_dgrad_##suffix(                               \
         const T* g, const T* y, const float* owed, const T* weight, const T* skip, T* dx, StemShape shape) { \
         dgrad(g, y, owed, weight, skip, dx, shape);                                                          \
     }                                                                                                        \

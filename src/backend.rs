@@ -480,6 +480,23 @@ pub trait Backend: Sized {
         drop: Option<DropPath>,
     ) -> Result<Self::Activation>;
 
+    /// Inference: a convolution, its normalisation by the running statistics, `act`, and the skip connection. On a device
+    /// one launch, with the normalisation folded into weights and bias.
+    ///
+    /// # Errors
+    /// Shapes that do not fit.
+    fn infer(
+        &mut self,
+        layer: &ConvNorm,
+        x: Load<'_, Self>,
+        act: Activation,
+        skip: Option<&Self::Activation>,
+        vars: &mut Variables<Self>,
+    ) -> Result<Self::Activation> {
+        let raw = self.conv_norm(layer, x, vars, Mode::Eval)?;
+        self.merge(&raw, act, skip, None)
+    }
+
     /// Global average pool of SiLU(norm(y)), dropout with probability `dropout`, and the classifier.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// What can go wrong, told so that the reader can mend it.
@@ -19,7 +20,7 @@ pub enum Error {
         problem: String,
     },
     /// The operating system refused to read or write a file.
-    #[error("{path}: cannot {action}: {source}", path = path.display())]
+    #[error("{path}: cannot {action}: {source}{}", remedy(.source), path = path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
@@ -133,6 +134,17 @@ pub enum Error {
 
 fn gib(bytes: usize) -> String {
     format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30))
+}
+
+/// What to do about it, where that can be said; begins with a separator, or is empty.
+fn remedy(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        ErrorKind::NotFound => "; check the path",
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => "; check the permissions",
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => "; make room for it",
+        ErrorKind::AlreadyExists | ErrorKind::NotADirectory => "; a file is in the way, choose another path",
+        _ => "",
+    }
 }
 
 fn how_many(count: usize) -> String {

@@ -40,7 +40,9 @@
 //!
 //! # Features
 //!
-//! `cli` (default): the command-line program and its dependencies.
+//! - `cli` (default): the command-line program and its dependencies.
+//! - `cuda` (default): NVIDIA GPUs. Needs neither a toolkit nor a driver to build: without nvcc no kernels are embedded, and
+//!   without a driver opening a device is an error.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod backend;

@@ -164,7 +164,7 @@ fn evaluation_reads_running_statistics_and_leaves_them() {
     let shape = Shape::new(2, 3, 2, 4);
     let x = tensor(shape, uniform(6, 0, shape.elements()));
     let mut lone = identity::<f64>(shape.c);
-    lone.vars.stats = (0..8).map(|i| 0.5 + f64::from(i)).collect();
+    lone.vars.stats = (0..lone.vars.stats.len() as u32).map(|i| 0.5 + f64::from(i)).collect();
     let stats = lone.vars.stats.clone();
     let raw = lone.forward(&x).unwrap();
     let z = lone.backend.merge(&raw, Activation::Identity, None, None).unwrap();

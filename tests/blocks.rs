@@ -181,6 +181,16 @@ fn evaluation_neither_drops_nor_moves_statistics() {
     assert_ne!(vars.stats, stats);
 }
 
+/// What inference leaves out, the activation that nobody stores in training, changes no bit.
+#[test]
+fn inference_is_evaluation() {
+    let whole = dropping(0.5, 0.5);
+    let values = whole.values();
+    let mut vars = whole.variables(&values);
+    let logits = whole.logits(&values, &mut vars, Mode::Eval).unwrap();
+    assert_eq!(whole.infer(&values, &mut vars).unwrap(), logits);
+}
+
 /// Statistics are taken before the mask: dropping a block's branch moves only those of what follows it.
 #[test]
 fn statistics_include_dropped_images() {

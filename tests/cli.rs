@@ -5,7 +5,7 @@ mod runs;
 use effnetv2::train::checkpoint::Checkpoint;
 use effnetv2::train::run::{CHECKPOINT, METRICS};
 use image::{ImageFormat, Rgb, RgbImage};
-use runs::{Outcome, effnetv2, lines, program, succeed, untrained, wait_until, write};
+use runs::{ON_IMAGES, Outcome, effnetv2, images, lines, program, succeed, untrained, wait_until, write};
 use std::fs;
 use std::path::Path;
 use tempfile::TempDir;
@@ -27,25 +27,6 @@ fn fail(folder: &Path, args: &[&str], code: i32, says: &[&str]) {
     }
 }
 
-/// Two classes, `blue` and `red`, of four training images and one for validation.
-fn images(root: &Path) {
-    for (class, color) in [("blue", [10, 10, 250]), ("red", [250, 10, 10])] {
-        for place in ["train", "val"].map(|part| root.join(part).join(class)) {
-            fs::create_dir_all(&place).unwrap();
-            let count = if place.starts_with(root.join("train")) { 4 } else { 1 };
-            for number in 0..count {
-                let file = place.join(format!("{number}.png"));
-                RgbImage::from_pixel(40, 36, Rgb(color)).save(file).unwrap();
-            }
-        }
-    }
-}
-
-const ON_IMAGES: [&str; 13] = [
-    "train", "--model", "nano", "--data", "data", "--size", "32", "--batch", "4", "--epochs", "2", "--out",
-    "run",
-];
-
 #[test]
 fn a_wrong_flag_is_named_with_its_value_and_what_would_work() {
     let folder = folder();
@@ -58,7 +39,7 @@ fn a_wrong_flag_is_named_with_its_value_and_what_would_work() {
         (&["--size", "31"], &["--size = 31", "at least 32"]),
         (&["--size", "16385"], &["--size = 16385", "at most 16384"]),
         (&["--eval-size", "8"], &["--eval-size = 8", "at least 32"]),
-        (&["--size", "48", "--first-size", "64"], &["--size = 48", "64"]),
+        (&["--size", "48", "--first-size", "64"], &["--first-size = 64", "above that of the last stage, 48"]),
         (&["--first-size", "16"], &["--first-size = 16", "at least 32"]),
         (&["--epochs", "0"], &["--epochs = 0", "at least 1"]),
         (&["--epochs", "3", "--progressive", "4"], &["--progressive = 4", "3 epochs"]),
@@ -112,7 +93,7 @@ fn data_that_cannot_be_used_is_named() {
     let folder = folder();
     let here = folder.path();
     let train = |says: &[&str]| fail(here, &ON_IMAGES, 1, says);
-    train(&["data: cannot open"]);
+    train(&["data: there is no such folder; expected `digits` or a folder with"]);
     fs::create_dir(here.join("data")).unwrap();
     train(&["data: no data set found here", "train/<class>"]);
     images(&here.join("data"));
@@ -175,6 +156,7 @@ fn strict_stops_at_a_bad_image_and_keeps_the_steps_before_it() {
     let Outcome { code, err, .. } = effnetv2(here, &longer);
     assert_eq!(code, Some(1), "{err}");
     assert!(err.contains("error: data/train/red/torn.jpg: the file is cut short"), "{err}");
+    assert!(err.contains("mend this and go on with `effnetv2 train --resume run`"), "{err}");
     fs::copy(here.join("data/train/red/0.png"), here.join("data/train/red/torn.jpg")).unwrap();
     let out = succeed(here, &["train", "--resume", "run"]);
     assert!(out.contains("going on after step") && out.contains("epoch   9/9"), "{out}");
@@ -188,6 +170,7 @@ fn a_checkpoint_that_does_not_fit_is_explained() {
     untrained(&here.join("model"), |d| d.config.model = "b0".into());
     untrained(&here.join("classes"), |d| d.classes.truncate(9));
     untrained(&here.join("future"), |d| d.format_version = 99);
+    untrained(&here.join("size"), |d| d.config.eval_size = 3);
     fs::write(here.join("torn.safetensors"), &whole[..whole.len() / 2]).unwrap();
     write(here, "text.safetensors", "neither weights nor tensors");
     let tensors: [(&str, safetensors::tensor::TensorView<'_>); 0] = [];
@@ -198,6 +181,10 @@ fn a_checkpoint_that_does_not_fit_is_explained() {
         ("empty", "empty: no checkpoint.safetensors in this folder"),
         ("model", "belongs to another model"),
         ("future", "format version 99"),
+        (
+            "size",
+            "size/checkpoint.safetensors: its configuration cannot work (eval_size = 3: must be at least 32",
+        ),
         ("torn.safetensors", "torn.safetensors: truncated or damaged"),
         ("text.safetensors", "text.safetensors: not a safetensors file"),
         ("other.safetensors", "no checkpoint of this program"),
@@ -207,7 +194,7 @@ fn a_checkpoint_that_does_not_fit_is_explained() {
         }
     }
     fail(here, &["predict", "classes", "a.png"], 1, &["classifier.weight", "number of classes"]);
-    fail(here, &["eval", "good", "--data", "nowhere"], 1, &["nowhere: cannot open"]);
+    fail(here, &["eval", "good", "--data", "nowhere"], 1, &["nowhere: there is no such folder"]);
     images(&here.join("data"));
     fail(here, &["eval", "good", "--data", "data"], 2, &["--data = data", "2 classes", "10"]);
 }
@@ -308,7 +295,7 @@ mod on_unix {
             here,
             &["train", "--resume", "run"],
             1,
-            &["run/checkpoint.safetensors: cannot write: No space left"],
+            &["run/checkpoint.safetensors: cannot write: No space left", "make room", "train --resume run`"],
         );
         assert_eq!(fs::read(here.join("run").join(CHECKPOINT)).unwrap(), before);
         assert!(!here.join("run/checkpoint.safetensors.part").exists(), "the part written is of no use");

@@ -89,6 +89,24 @@ fn unusable_images_are_left_out_and_named() {
     assert!(error.contains("4.jpg") && error.contains("neither JPEG nor PNG"), "{error}");
 }
 
+/// A file that cannot even be opened is one bad image, not the end of the run; a folder is no image.
+#[cfg(unix)]
+#[test]
+fn links_that_lead_nowhere_and_folders_are_left_out() {
+    let folder = image_folder();
+    let red = folder.path().join("train/red");
+    std::os::unix::fs::symlink("/nowhere/at/all", red.join("gone.jpg")).unwrap();
+    fs::create_dir(red.join("more.png")).unwrap();
+    let splits = open_folder(folder.path(), BadImages::Skip).unwrap();
+    assert_eq!(splits.train.len(), 5);
+    let problems = splits.problems();
+    assert_eq!(problems.len(), 1, "{problems:?}");
+    assert!(problems[0].path.ends_with("train/red/gone.jpg"), "{problems:?}");
+    assert!(problems[0].reason.starts_with("cannot open: "), "{problems:?}");
+    let error = open_folder(folder.path(), BadImages::Fail).unwrap_err().to_string();
+    assert!(error.contains("gone.jpg: cannot open"), "{error}");
+}
+
 /// The header is sound, so opening cannot know; the loader finds out, goes on and tells.
 #[test]
 fn an_image_cut_short_is_found_while_loading() {
@@ -158,7 +176,10 @@ fn wrong_folders_are_errors_that_tell_what_to_do() {
     for (error, messages) in cases {
         assert!(messages.iter().all(|message| error.contains(message)), "{error}");
     }
-    assert!(error_of(Path::new("/nowhere/at/all")).contains("/nowhere/at/all: cannot open"));
+    assert!(
+        error_of(Path::new("/nowhere/at/all"))
+            .contains("/nowhere/at/all: there is no such folder; expected `digits`")
+    );
     let file = tempfile::NamedTempFile::new().unwrap();
     assert!(error_of(file.path()).contains("this is a file"));
 }

@@ -7,9 +7,10 @@ mod devices;
 use devices::{again_on_a_gpu, device, host_library};
 use effnetv2::Error;
 use effnetv2::device::cudarc::driver::{CudaSlice, DevicePtr};
-use effnetv2::device::{Arena, Block, Device, Graph, Kernel, Layout, Staging, survey};
-use effnetv2::kernels::optimizer::{Buffers, FAMILY, Optimizer, Scalars, WorkingCopy};
+use effnetv2::device::{Arena, Block, Device, Graph, Kernel, Launched, Layout, Staging, survey};
+use effnetv2::kernels::optimizer::{Buffers, FAMILY, Optimizer, Scalars, UpdateShape, WorkingCopy};
 use effnetv2::optimizer::{Rule, Step};
+use effnetv2::tensor::Dtype;
 use std::path::Path;
 use std::process::Command;
 use std::slice;
@@ -162,6 +163,46 @@ fn a_graph_does_the_same_steps_bit_for_bit() {
     for (slot, expected) in state.slots.iter().zip(&plain.slots) {
         assert_eq!(device.read(slot).unwrap(), device.read(expected).unwrap());
     }
+}
+
+/// Launch by launch or recorded, the list says what was asked for, and the plan what would be.
+#[test]
+fn launches_are_written_down() {
+    let Some(device) = device() else { return };
+    let shape = UpdateShape { rule: Rule::PAPER, parameters: PARAMETERS };
+    let [partial, finish] = shape.norm_work();
+    let planned = [partial, finish, shape.update_work(false, Dtype::F32)];
+    let check = |launched: Vec<Launched>| {
+        assert_eq!(launched.len(), planned.len(), "{launched:?}");
+        for (work, launched) in planned.iter().zip(&launched) {
+            assert!(work.is(launched), "{work:?} was planned, {launched} launched");
+        }
+    };
+    let mut plain = state(&device);
+    begin(&mut plain, 0);
+    device.log_launches();
+    work(&mut plain).unwrap();
+    check(device.take_launches());
+    // Nothing is written down unasked.
+    work(&mut plain).unwrap();
+    assert_eq!(device.take_launches(), []);
+    let recorded = state(&device);
+    device.log_launches();
+    let mut graph = Graph::record(&device, recorded, work).unwrap();
+    graph.launch().unwrap();
+    check(device.take_launches());
+}
+
+#[test]
+fn buffers_are_copied_within_the_device() {
+    let Some(device) = device() else { return };
+    let from = device.upload(&[1.0_f32, 2.0, 3.0]).unwrap();
+    let mut to = device.zeros::<f32>(3).unwrap();
+    effnetv2::device::copy(device.compute(), &from, &mut to).unwrap();
+    assert_eq!(device.read(&to).unwrap(), [1.0, 2.0, 3.0]);
+    let mut short = device.zeros::<f32>(2).unwrap();
+    let message = effnetv2::device::copy(device.compute(), &from, &mut short).unwrap_err().to_string();
+    assert!(message.contains("3 elements cannot be copied to 2"), "{message}");
 }
 
 /// Reading waits for the device, which cannot be recorded; the stream must be left as it was.

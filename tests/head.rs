@@ -77,7 +77,7 @@ impl Tail {
         let (mut backend, mut vars) = self.begin(values);
         let x = tensor(self.input.0, values[self.input.1.clone()].to_vec());
         let raw = self.features(&mut backend, &mut vars)?;
-        let mut head = backend.head(&self.classifier, &raw, self.dropout, &vars)?;
+        let mut head = backend.head(&self.classifier, &raw, self.dropout, &mut vars)?;
         let loss = backend.cross_entropy(&mut head, &self.targets())?;
         let (dz, owed) = backend.head_backward(&self.classifier, (&self.conv, &raw), &head, &mut vars)?;
         let grad = Gradient { gradient: &dz, raw: &raw, owed: &owed };
@@ -107,7 +107,7 @@ fn loss_of(images: usize, logits: &[f64], targets: &[f32]) -> (f64, Vec<f64>) {
     let (tail, values) = biased(images, logits);
     let (mut backend, mut vars) = tail.begin(&values);
     let raw = tail.features(&mut backend, &mut vars).unwrap();
-    let mut head = backend.head(&tail.classifier, &raw, 0.0, &vars).unwrap();
+    let mut head = backend.head(&tail.classifier, &raw, 0.0, &mut vars).unwrap();
     let loss = backend.cross_entropy(&mut head, targets).unwrap();
     backend.head_backward(&tail.classifier, (&tail.conv, &raw), &head, &mut vars).unwrap();
     (loss, vars.grads[tail.classifier.bias.clone()].to_vec())
@@ -189,9 +189,9 @@ fn misfits_are_errors() {
     let (mut backend, mut vars) = tail.begin(&tail.values());
     let raw = tail.features(&mut backend, &mut vars).unwrap();
     let wide = Classifier { features: 6, ..tail.classifier.clone() };
-    assert_shape_error(backend.head(&wide, &raw, 0.0, &vars), &["2×3×3×5", "2×3×3×6"]);
+    assert_shape_error(backend.head(&wide, &raw, 0.0, &mut vars), &["2×3×3×5", "2×3×3×6"]);
 
-    let mut head = backend.head(&tail.classifier, &raw, 0.0, &vars).unwrap();
+    let mut head = backend.head(&tail.classifier, &raw, 0.0, &mut vars).unwrap();
     let layer = (&tail.conv, &raw);
     assert_shape_error(backend.head_backward(&tail.classifier, layer, &head, &mut vars), &["loss"]);
     for count in [0, 7, 9] {
@@ -213,7 +213,7 @@ fn misfits_are_errors() {
     assert!(vars.grads.iter().all(|&g| g == 0.0), "a refused backward left something behind");
 
     backend.begin_step(&StepKey { images: vec![1, 2, 3], ..tail.key.clone() }).unwrap();
-    assert_shape_error(backend.head(&tail.classifier, &raw, 0.5, &vars), &["3 images", "2"]);
+    assert_shape_error(backend.head(&tail.classifier, &raw, 0.5, &mut vars), &["3 images", "2"]);
 }
 
 #[test]

@@ -10,6 +10,7 @@ use devices::{again_on_a_gpu, device};
 use effnetv2::Error;
 use effnetv2::backend::StepKey;
 use effnetv2::device::Device;
+use effnetv2::kernels::StepScalars;
 use effnetv2::kernels::head::{Dropout, Head};
 use effnetv2::random::{Purpose, Stream};
 use effnetv2::reference::batch_norm::{self, Arrival};
@@ -25,25 +26,21 @@ fn key(n: usize, seed: u64) -> StepKey {
     StepKey { seed, epoch: (seed % 91) as u32, images: (0..n as u32).map(|i| i * 40_507 + 3).collect() }
 }
 
-/// A head that has begun a step.
-fn head<T: Sample>(
-    device: &Device,
-    shape: Shape,
-    classes: usize,
-    rate: f64,
-    key: &StepKey,
-    scale: f64,
-) -> Head<T> {
-    let mut head = Head::plan(device, shape, classes, rate).unwrap();
-    head.begin_step(device.compute(), key, scale).unwrap();
-    head
+/// A step that has begun.
+fn step(device: &Device, key: &StepKey, scale: f64) -> StepScalars {
+    let mut step = StepScalars::new(device, key.images.len()).unwrap();
+    step.begin_step(device.compute(), key, scale).unwrap();
+    step
 }
 
-fn pool<T: Sample>(device: &Device, raw: &Raw<T>, rate: f64, key: &StepKey, dropout: Dropout) -> Vec<T> {
-    let head = head::<T>(device, raw.shape, 3, rate, key, 1.0);
+/// With dropout by `key`, or without.
+fn pool<T: Sample>(device: &Device, raw: &Raw<T>, rate: f64, key: Option<&StepKey>) -> Vec<T> {
+    let head = Head::<T>::plan(device, raw.shape, 3, rate).unwrap();
     let count = raw.shape.n * raw.shape.c;
     let mut features = unwritten::<T>(device, count);
     let on_device = raw.upload(device);
+    let step = key.map(|key| step(device, key, 1.0));
+    let dropout = step.as_ref().map_or(Dropout::Off, Dropout::On);
     with_raw!(on_device, view => {
         head.pool(device.compute(), view, dropout, &mut features.slice_mut(..count)).unwrap();
     });
@@ -58,7 +55,8 @@ fn pool_backward<T: Sample>(
     rate: f64,
     key: &StepKey,
 ) -> (Vec<T>, Vec<f32>) {
-    let head = head::<T>(device, raw.shape, 3, rate, key, 1.0);
+    let head = Head::<T>::plan(device, raw.shape, 3, rate).unwrap();
+    let step = step(device, key, 1.0);
     let (elements, count) = (raw.shape.elements(), 2 * raw.shape.n * raw.shape.c);
     let (mut dz, mut sums) = (unwritten::<T>(device, elements), unwritten::<f32>(device, count));
     let dfeatures = device.upload(dfeatures).unwrap();
@@ -66,7 +64,7 @@ fn pool_backward<T: Sample>(
     with_raw!(on_device, view => {
         let (mut dz, mut sums) = (dz.slice_mut(..elements), sums.slice_mut(..count));
         let dfeatures = dfeatures.as_view();
-        head.pool_backward(device.compute(), &dfeatures, view, Dropout::On, &mut dz, &mut sums).unwrap();
+        head.pool_backward(device.compute(), &dfeatures, view, Dropout::On(&step), &mut dz, &mut sums).unwrap();
     });
     (written(device, &dz), written(device, &sums))
 }
@@ -80,19 +78,20 @@ fn cross_entropy<T: Sample>(
     scale: f64,
 ) -> (Vec<f32>, f32, Vec<T>) {
     let stream = device.compute();
-    let mut head = head::<T>(device, Shape::new(n, 1, 1, 8), classes, 0.0, &key(n, 0), scale);
+    let mut head = Head::<T>::plan(device, Shape::new(n, 1, 1, 8), classes, 0.0).unwrap();
+    let step = step(device, &key(n, 0), scale);
     let mut dlogits = unwritten::<T>(device, n * classes);
     let (logits, targets) = (device.upload(logits).unwrap(), device.upload(targets).unwrap());
     let mut view = dlogits.slice_mut(..n * classes);
-    head.cross_entropy(stream, &logits.as_view(), &targets.as_view(), &mut view).unwrap();
+    head.cross_entropy(stream, &step, &logits.as_view(), &targets.as_view(), &mut view).unwrap();
     (head.read_losses(stream).unwrap(), head.read_loss(stream).unwrap(), written(device, &dlogits))
 }
 
-fn check_pool<T: Sample>(device: &Device, shape: Shape, rate: f64, dropout: Dropout, seed: u64) {
+fn check_pool<T: Sample>(device: &Device, shape: Shape, rate: f64, dropout: bool, seed: u64) {
     let raw = Raw::<T>::random(shape, seed);
     let key = key(shape.n, seed);
-    let actual = pool(device, &raw, rate, &key, dropout);
-    let rate = if dropout == Dropout::On { rate } else { 0.0 };
+    let actual = pool(device, &raw, rate, dropout.then_some(&key));
+    let rate = if dropout { rate } else { 0.0 };
     let factors = reference::dropout_factors::<f64>(&key, rate, shape.c);
     let expected = pixel_sums(&activated(&raw), None) / (shape.h * shape.w) as f64 * &factors;
     let magnitude = raw.magnitude(|_| 1.0);
@@ -224,15 +223,14 @@ fn any_rate() -> impl Strategy<Value = f64> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
+    #![proptest_config(devices::cases(32))]
 
     #[test]
     fn pools_are_the_reference_s(shape in any_shape(), rate in any_rate(), on in any::<bool>(), seed in any::<u64>()) {
         let Some(device) = device() else { return Ok(()) };
-        let dropout = if on { Dropout::On } else { Dropout::Off };
-        check_pool::<f32>(&device, shape, rate, dropout, seed);
-        check_pool::<f16>(&device, shape, rate, dropout, seed);
-        check_pool::<bf16>(&device, shape, rate, dropout, seed);
+        check_pool::<f32>(&device, shape, rate, on, seed);
+        check_pool::<f16>(&device, shape, rate, on, seed);
+        check_pool::<bf16>(&device, shape, rate, on, seed);
     }
 
     #[test]
@@ -271,7 +269,7 @@ proptest! {
         raw.y.fill(0.0);
         raw.shift.fill(64.0);
         let key = StepKey { seed, epoch, images };
-        let features = pool(&device, &raw, rate, &key, Dropout::On);
+        let features = pool(&device, &raw, rate, Some(&key));
         let factors = reference::dropout_factors::<f32>(&key, rate, shape.c);
         let expected: Vec<f32> = factors.iter().map(|f| 64.0 * f).collect();
         prop_assert_eq!(features, expected);
@@ -289,9 +287,9 @@ fn dropout_keeps_what_is_drawn_at_the_rate() {
     let mut stream = Stream::new(key.seed, key.epoch, key.images[0], Purpose::Dropout);
     for place in 0..8 {
         let rate = f64::from(stream.uniform());
-        assert!(pool(&device, &raw, rate, &key, Dropout::On)[place] > 0.0, "{place}, rate {rate}");
+        assert!(pool(&device, &raw, rate, Some(&key))[place] > 0.0, "{place}, rate {rate}");
         let above = rate + 0.5 / 16_777_216.0;
-        assert_eq!(pool(&device, &raw, above, &key, Dropout::On)[place], 0.0, "{place}, rate {above}");
+        assert_eq!(pool(&device, &raw, above, Some(&key))[place], 0.0, "{place}, rate {above}");
     }
 }
 
@@ -306,7 +304,7 @@ fn check_integers<T: Sample>(device: &Device) {
         z.data_mut().iter_mut().enumerate().for_each(|(i, y)| *y = 2.0 * *y + f64::from(raw.shift[i % c]));
         let expected = pixel_sums(&z, None) / pixels * &factors;
         let expected: Vec<T> = expected.iter().map(|&v| T::of(v as f32)).collect();
-        assert_eq!(pool(device, &raw, 0.5, &key, Dropout::On), expected, "{shape}");
+        assert_eq!(pool(device, &raw, 0.5, Some(&key)), expected, "{shape}");
 
         let dfeatures: Vec<T> = (0..count).map(|i| T::of((i % 9) as f32 - 4.0)).collect();
         let (dz, sums) = pool_backward(device, &raw, &dfeatures, 0.5, &key);
@@ -379,7 +377,7 @@ fn results_repeat_bit_for_bit() {
         let logits = draw::<bf16>(&mut stream, n * classes, -5.0, 5.0);
         let targets = draw::<f32>(&mut stream, n * classes, 0.0, 0.1);
         (
-            pool(&device, &raw, 0.3, &key, Dropout::On),
+            pool(&device, &raw, 0.3, Some(&key)),
             pool_backward(&device, &raw, &dfeatures, 0.3, &key),
             cross_entropy(&device, (n, classes), &logits, &targets, 1.0),
         )
@@ -413,11 +411,14 @@ fn impossible_plans_are_refused() {
     for rate in [-0.1, 1.0, f64::NAN] {
         assert!(matches!(Head::<f32>::plan(&device, good, 5, rate), Err(Error::Usage { .. })), "{rate}");
     }
-    let mut head = Head::<f32>::plan(&device, good, 5, 0.0).unwrap();
-    assert!(matches!(head.begin_step(device.compute(), &key(3, 0), 1.0), Err(Error::Shape { .. })));
+    for images in [0, usize::MAX] {
+        assert!(matches!(StepScalars::new(&device, images), Err(Error::Shape { .. })), "{images}");
+    }
+    let mut step = StepScalars::new(&device, 2).unwrap();
+    assert!(matches!(step.begin_step(device.compute(), &key(3, 0), 1.0), Err(Error::Shape { .. })));
     for scale in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e300] {
         assert!(
-            matches!(head.begin_step(device.compute(), &key(2, 0), scale), Err(Error::Usage { .. })),
+            matches!(step.begin_step(device.compute(), &key(2, 0), scale), Err(Error::Usage { .. })),
             "{scale}"
         );
     }
@@ -434,25 +435,30 @@ fn unfit_buffers_are_refused_before_anything_runs() {
     let thin = Raw::<f32>::integers(Shape { c: 8, ..shape }).upload(&device);
     let refused =
         |result: effnetv2::Result<()>| assert!(matches!(result, Err(Error::Shape { .. })), "{result:?}");
+    let (step, longer) = (StepScalars::new(&device, 2).unwrap(), StepScalars::new(&device, 3).unwrap());
+    let on = Dropout::On(&step);
     let mut out = device.zeros::<f32>(400).unwrap();
     let input = device.zeros::<f32>(400).unwrap();
     with_raw!(raw, view => {
         for range in [0..31, 0..33, 1..33] {
-            refused(head.pool(stream, view, Dropout::On, &mut out.slice_mut(range)));
+            refused(head.pool(stream, view, on, &mut out.slice_mut(range)));
         }
+        refused(head.pool(stream, view, Dropout::On(&longer), &mut out.slice_mut(..32)));
         let (mut dz, mut sums) = out.split_at_mut(288);
         for (dfeatures, dz_end, sums_end) in [(31, 288, 64), (32, 287, 64), (32, 288, 65)] {
             let (mut dz, mut sums) = (dz.slice_mut(..dz_end), sums.slice_mut(..sums_end));
-            refused(head.pool_backward(stream, &input.slice(..dfeatures), view, Dropout::On, &mut dz, &mut sums));
+            refused(head.pool_backward(stream, &input.slice(..dfeatures), view, on, &mut dz, &mut sums));
         }
     });
     for wrong in [&small, &thin] {
-        with_raw!(wrong, view => refused(head.pool(stream, view, Dropout::On, &mut out.slice_mut(..32))));
+        with_raw!(wrong, view => refused(head.pool(stream, view, on, &mut out.slice_mut(..32))));
     }
     for (logits, targets, dlogits) in [(9, 10, 10), (10, 9, 10), (10, 10, 11)] {
         let (logits, targets) = (input.slice(..logits), input.slice(..targets));
-        refused(head.cross_entropy(stream, &logits, &targets, &mut out.slice_mut(..dlogits)));
+        refused(head.cross_entropy(stream, &step, &logits, &targets, &mut out.slice_mut(..dlogits)));
     }
+    let (logits, targets) = (input.slice(..10), input.slice(..10));
+    refused(head.cross_entropy(stream, &longer, &logits, &targets, &mut out.slice_mut(..10)));
     assert_eq!(device.read(&out).unwrap(), vec![0.0; 400]);
 }
 

@@ -1,21 +1,17 @@
-//! The table of kernels in Rust, the kernels of the host device and those in the fat binaries are the same, with the same
-//! argument types; and none of them spills.
+//! The table of kernels in Rust, the kernels of the host device and those that nvcc sees are the same, with the same
+//! argument types. `tests/machine_code.rs` looks into the fat binaries.
 
 #![cfg(feature = "cuda")]
 
 mod devices;
 
-use devices::{device, not_run, say};
-use effnetv2::device::{Family, HostKernel, embedded_images, toolkit};
+use devices::{device, not_run};
+use effnetv2::device::HostKernel;
 use effnetv2::kernels::FAMILIES;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 use std::process::Command;
-
-fn names(family: &Family) -> BTreeSet<String> {
-    family.kernels.iter().map(|entry| entry.name.to_owned()).collect()
-}
 
 #[test]
 fn every_kernel_file_has_its_family() {
@@ -46,89 +42,6 @@ fn the_host_device_has_the_kernels_of_the_table() {
         })
         .collect();
     assert_eq!(actual, expected);
-}
-
-/// What the assembler says about one kernel of one image.
-#[derive(Debug, Default, PartialEq)]
-struct Assembled {
-    registers: u32,
-    shared: u32,
-    /// Bytes of stack, of spill stores and of spill loads.
-    local: [u32; 3],
-}
-
-/// Reads `ptxas -v`: by architecture, by kernel.
-fn read_report(report: &str) -> BTreeMap<String, BTreeMap<String, Assembled>> {
-    let number_before = |line: &str, unit: &str| -> u32 {
-        let number = line.split(unit).next().filter(|before| before.len() < line.len());
-        number.and_then(|before| before.rsplit([' ', ',']).find(|word| !word.is_empty())).map_or(0, |word| {
-            word.parse().unwrap_or_else(|_| panic!("no number before {unit:?} in {line:?}"))
-        })
-    };
-    let mut images = BTreeMap::<String, BTreeMap<String, Assembled>>::new();
-    let mut current = None;
-    for line in report.lines() {
-        if let Some(rest) = line.split("Compiling entry function '").nth(1) {
-            let mut parts = rest.split('\'');
-            let (name, arch) = (parts.next().unwrap(), parts.nth(1).unwrap());
-            current = Some((arch.to_owned(), name.to_owned()));
-            images.entry(arch.into()).or_default().insert(name.into(), Assembled::default());
-        }
-        let Some((arch, name)) = &current else { continue };
-        let kernel = images.get_mut(arch).unwrap().get_mut(name).unwrap();
-        if line.contains("bytes stack frame") {
-            kernel.local = [" bytes stack frame", " bytes spill stores", " bytes spill loads"]
-                .map(|unit| number_before(line, unit));
-        } else if line.contains("Used ") {
-            kernel.registers = number_before(line, " registers");
-            kernel.shared = number_before(line, " bytes smem");
-            current = None;
-        }
-    }
-    images
-}
-
-#[test]
-fn the_assembler_s_report_is_understood() {
-    let report = "ptxas info    : Compiling entry function 'a' for 'sm_80'\n\
-                  ptxas info    : Function properties for a\n    \
-                  16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads\n\
-                  ptxas info    : Used 29 registers, used 1 barriers, 64 bytes smem, 380 bytes cmem[0]\n\
-                  ptxas info    : Compiling entry function 'b' for 'sm_90a'\n\
-                  ptxas info    : Function properties for b\n    \
-                  0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n\
-                  ptxas info    : Used 255 registers, used 0 barriers\n";
-    let images = read_report(report);
-    assert_eq!(images["sm_80"]["a"], Assembled { registers: 29, shared: 64, local: [16, 8, 4] });
-    assert_eq!(images["sm_90a"]["b"], Assembled { registers: 255, shared: 0, local: [0; 3] });
-}
-
-/// The report is of the very command that made the embedded images.
-#[test]
-fn the_fat_binaries_have_the_kernels_of_the_table_and_none_spills() {
-    if toolkit().is_none() {
-        return not_run("the check of the fat binaries: there was no nvcc when this was built");
-    }
-    for family in FAMILIES {
-        let report = Path::new(env!("OUT_DIR")).join(format!("{}.ptxas", family.name));
-        let images = read_report(&fs::read_to_string(report).unwrap());
-        let expected: BTreeSet<String> =
-            embedded_images().iter().filter(|image| !image.ptx).map(ToString::to_string).collect();
-        assert_eq!(images.keys().cloned().collect::<BTreeSet<_>>(), expected, "{}", family.name);
-        for (arch, kernels) in &images {
-            assert_eq!(kernels.keys().cloned().collect::<BTreeSet<_>>(), names(family), "{arch}");
-            for (name, assembled) in kernels {
-                if ["sm_80", "sm_90a"].contains(&arch.as_str()) {
-                    let Assembled { registers, shared, .. } = assembled;
-                    say(&format!(
-                        "{arch:7} {name:24} {registers:3} registers {shared:6} bytes of shared memory"
-                    ));
-                }
-                assert_eq!(assembled.local, [0; 3], "{name} of {arch} has stack or spills");
-                assert!(assembled.registers > 0, "{name} of {arch}: no register count in the report");
-            }
-        }
-    }
 }
 
 /// The types of the parameters of each kernel in PTX, in the codes of `Entry::signature` but for signs and for what

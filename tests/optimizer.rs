@@ -178,7 +178,7 @@ fn any_kernels(n: usize) -> impl Strategy<Value = Vec<Range<usize>>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #![proptest_config(devices::cases(48))]
 
     /// Rounding alone separates the two. An element takes at most 16 roundings of ε/2 (constants and scalars included),
     /// each of a quantity that the same step with every sign positive bounds; the divisors differ by less than a tenth

@@ -42,7 +42,7 @@ impl<F: Real> Gated<F> {
     /// What the producer makes of `x`, and the same times its gate.
     fn run(&mut self, x: &Tensor<F>) -> [Tensor<F>; 2] {
         let raw = self.producer.forward(x).unwrap();
-        let gate = self.producer.backend.squeeze_excite(&self.squeeze, &raw, &self.values).unwrap();
+        let gate = self.producer.backend.squeeze_excite(&self.squeeze, &raw, &mut self.values).unwrap();
         let Lone { layer, vars, backend } = &mut self.reader;
         let gated = backend.conv_norm(layer, Load::Gated(&raw, &gate), vars, Mode::Eval).unwrap();
         [backend.merge(&raw, Activation::Silu, None, None).unwrap(), gated.y]
@@ -108,7 +108,7 @@ fn misfits_are_errors() {
     let x = tensor(shape, uniform(1, 0, shape.elements()));
     let raw = gated.producer.forward(&x).unwrap();
     let other = SqueezeExcite { channels: 6, ..gated.squeeze.clone() };
-    let refused = gated.producer.backend.squeeze_excite(&other, &raw, &gated.values);
+    let refused = gated.producer.backend.squeeze_excite(&other, &raw, &mut gated.values);
     assert_shape_error(refused, &["2×3×3×5", "2×3×3×6"]);
 
     // A gate of fewer images, and one of other channels.
@@ -116,9 +116,9 @@ fn misfits_are_errors() {
     let mut wide = Gated::<f64>::new(6, 2);
     let sixth = tensor(shape.with_channels(6), uniform(1, 1, shape.with_channels(6).elements()));
     let few = gated.producer.forward(&one).unwrap();
-    let few = gated.producer.backend.squeeze_excite(&gated.squeeze, &few, &gated.values).unwrap();
+    let few = gated.producer.backend.squeeze_excite(&gated.squeeze, &few, &mut gated.values).unwrap();
     let more = wide.producer.forward(&sixth).unwrap();
-    let more = wide.producer.backend.squeeze_excite(&wide.squeeze, &more, &wide.values).unwrap();
+    let more = wide.producer.backend.squeeze_excite(&wide.squeeze, &more, &mut wide.values).unwrap();
     for (gate, found) in [(&few, "1×5"), (&more, "2×6")] {
         let Lone { layer, vars, backend } = &mut gated.reader;
         let refused = backend.conv_norm(layer, Load::Gated(&raw, gate), vars, Mode::Train);

@@ -11,9 +11,12 @@ use devices::{again_on_a_gpu, device};
 use effnetv2::Error;
 use effnetv2::backend::SqueezeExcite as Layer;
 use effnetv2::device::Device;
-use effnetv2::kernels::squeeze_excite::{Gradients, SqueezeExcite, State, Weights};
+use effnetv2::kernels::squeeze_excite::{
+    BackwardInput, Gradients, SqueezeExcite, SqueezeExciteShape, State, StateMut, Weights,
+};
+use effnetv2::kernels::{Debt, RawElement, Workspace};
 use effnetv2::random::{Purpose, Stream};
-use effnetv2::reference::batch_norm::{self, Arrival};
+use effnetv2::reference::batch_norm::{self, Arrival, Owed};
 use effnetv2::reference::squeeze_excite as reference;
 use effnetv2::tensor::{Shape, Tensor, matrix};
 use elements::{
@@ -72,7 +75,9 @@ struct Outcome {
     /// W₁, b₁, W₂, b₂, in the order of the flat buffer.
     gradients: Vec<f32>,
     dpool: Vec<f32>,
-    moments: Vec<f32>,
+    /// dγ, dβ.
+    sums_of_dz: [Vec<f32>; 2],
+    owed: Vec<f32>,
 }
 
 /// What the gradients are added to.
@@ -83,14 +88,18 @@ fn on_device<T: Sample>(device: &Device, raw: &Raw<T>, layers: &Layers<T>, dx: &
     let Shape { n, c, .. } = raw.shape;
     let r = layers.reduced;
     let mut plan = SqueezeExcite::<T>::plan(device, raw.shape, r).unwrap();
+    let mut workspace = Workspace::new(device, plan.workspace_floats()).unwrap();
     let output = |length| unwritten::<f32>(device, length);
     let (mut pooled, mut hidden, mut gate) = (output(n * c), output(n * r), output(n * c));
-    let (mut sums, mut dpool, mut moments) = (output(5 * n * c), output(n * c), output(2 * c));
-    let mut gradients = [r * c, r, r * c, c].map(|length| device.upload(&vec![BEFORE; length]).unwrap());
+    let (mut sums, mut dpool, mut owed) = (output(5 * n * c), output(n * c), output(3 * c));
+    let mut gradients =
+        [r * c, r, r * c, c, c, c].map(|length| device.upload(&vec![BEFORE; length]).unwrap());
     let (reduce, expand) = (device.upload(&layers.reduce).unwrap(), device.upload(&layers.expand).unwrap());
     let reduce_bias = device.upload(&layers.reduce_bias).unwrap();
     let expand_bias = device.upload(&layers.expand_bias).unwrap();
     let dx = device.upload(dx).unwrap();
+    let norm = [&raw.scale, &raw.shift, &raw.mean, &raw.rstd].into_iter().flatten().copied();
+    let norm = device.upload(&norm.collect::<Vec<_>>()).unwrap();
     let on_device = raw.upload(device);
     let weights = Weights {
         reduce: &reduce.as_view(),
@@ -99,35 +108,45 @@ fn on_device<T: Sample>(device: &Device, raw: &Raw<T>, layers: &Layers<T>, dx: &
         expand_bias: &expand_bias.as_view(),
     };
     with_raw!(on_device, view => {
-        plan.pool(stream, view, &mut pooled.slice_mut(..n * c)).unwrap();
+        let state = StateMut {
+            pooled: &mut pooled.slice_mut(..n * c),
+            hidden: &mut hidden.slice_mut(..n * r),
+            gate: &mut gate.slice_mut(..n * c),
+        };
+        plan.forward(stream, view, weights, state, &mut workspace).unwrap();
         plan.backward_sums(stream, &dx.as_view(), view, &mut sums.slice_mut(..5 * n * c)).unwrap();
     });
     {
-        let (mut hidden, mut gate) = (hidden.slice_mut(..n * r), gate.slice_mut(..n * c));
-        plan.gate(stream, &pooled.slice(..n * c), weights, &mut hidden, &mut gate).unwrap();
-    }
-    {
-        let [reduce, reduce_bias, expand, expand_bias] = &mut gradients;
+        let [reduce, reduce_bias, expand, expand_bias, dgamma, dbeta] = &mut gradients;
         let gradients = Gradients {
             reduce: &mut reduce.as_view_mut(),
             reduce_bias: &mut reduce_bias.as_view_mut(),
             expand: &mut expand.as_view_mut(),
             expand_bias: &mut expand_bias.as_view_mut(),
         };
+        let debt = Debt {
+            norm: &norm.as_view(),
+            dgamma: &mut dgamma.as_view_mut(),
+            dbeta: &mut dbeta.as_view_mut(),
+            owed: &mut owed.slice_mut(..3 * c),
+        };
         let (pooled, hidden, gate) = (pooled.slice(..n * c), hidden.slice(..n * r), gate.slice(..n * c));
         let state = State { pooled: &pooled, hidden: &hidden, gate: &gate };
-        let (mut dpool, mut moments) = (dpool.slice_mut(..n * c), moments.slice_mut(..2 * c));
         let sums = sums.slice(..5 * n * c);
-        plan.backward(stream, &sums, state, weights, gradients, &mut dpool, &mut moments).unwrap();
+        let input = BackwardInput { sums: &sums, state, weights };
+        let mut dpool = dpool.slice_mut(..n * c);
+        plan.backward(stream, input, gradients, &mut dpool, debt, &mut workspace).unwrap();
     }
+    let [layers @ .., dgamma, dbeta] = &gradients;
     Outcome {
         pooled: written(device, &pooled),
         hidden: written(device, &hidden),
         gate: written(device, &gate),
         sums: written(device, &sums),
-        gradients: gradients.iter().flat_map(|gradient| device.read(gradient).unwrap()).collect(),
+        gradients: layers.iter().flat_map(|gradient| device.read(gradient).unwrap()).collect(),
         dpool: written(device, &dpool),
-        moments: written(device, &moments),
+        sums_of_dz: [device.read(dgamma).unwrap(), device.read(dbeta).unwrap()],
+        owed: written(device, &owed),
     }
 }
 
@@ -169,7 +188,8 @@ fn check<T: Sample>(device: &Device, shape: Shape, reduced: usize, seed: u64) {
     all_close(&actual.pooled, &expected.pooled, &pooled_magnitude, pooled_share, "pooled");
 
     // Each stage from what the device had before it, so that a stage's bound is its own. A sum of k products costs at
-    // most k roundings of the sum of their magnitudes, a sigmoid 2⁻²¹.
+    // most k roundings of the sum of their magnitudes, a sigmoid 2⁻²¹. A hidden unit is added up over 8 channels, 8 threads
+    // and the tiles of 64 channels; a logit over a quarter of the units and 4 threads.
     let array =
         |values: &[f32], columns: usize| matrix(&wide(values), values.len() / columns, columns).to_owned();
     let (pooled, hidden, gate) =
@@ -185,7 +205,7 @@ fn check<T: Sample>(device: &Device, shape: Shape, reduced: usize, seed: u64) {
     let expected = layer_of(&pooled, &layer.reduce_weight, &layer.reduce_bias, &params);
     let bound = layer_of(&pooled.mapv(f64::abs), &layer.reduce_weight, &layer.reduce_bias, &magnitudes);
     let roundings = |terms: usize| (terms + 8) as f64 * EPSILON / 2.0;
-    all_close(&actual.hidden, &expected, &bound, roundings(c.div_ceil(32) + 5), "hidden");
+    all_close(&actual.hidden, &expected, &bound, roundings(8 + 3 + c.div_ceil(64)), "hidden");
 
     use effnetv2::tensor::Real;
     let active = hidden.mapv(Real::silu);
@@ -193,7 +213,13 @@ fn check<T: Sample>(device: &Device, shape: Shape, reduced: usize, seed: u64) {
     let bound = layer_of(&hidden.mapv(f64::abs), &layer.expand_weight, &layer.expand_bias, &magnitudes);
     // The sigmoid's slope is at most a quarter.
     let bound = bound.mapv(|b| 1.0 + b / 4.0);
-    all_close(&actual.gate, &expected, &bound, roundings(reduced) + 8.0 * EPSILON, "gate");
+    all_close(
+        &actual.gate,
+        &expected,
+        &bound,
+        roundings(8 * reduced.div_ceil(32) + 2) + 8.0 * EPSILON,
+        "gate",
+    );
 
     // The sums over pixels.
     let element = |f: &dyn Fn(f64, f64, f64, f64) -> f64| {
@@ -236,7 +262,9 @@ fn check<T: Sample>(device: &Device, shape: Shape, reduced: usize, seed: u64) {
         dhidden.dot(&matrix(&magnitudes[layer.reduce_weight.clone()], reduced, c)) / pixels as f64;
     let size = state.hidden.mapv(|h| 2.0 * h.abs() + 1.0);
     let scaled = |m: &Array2<f64>| m * &size;
-    let share = roundings(c.div_ceil(8) + 8) + 12.0 * EPSILON;
+    // dhidden is added up over 8 channels, 8 warps and the tiles of 64 channels; dpool and the weights' gradients over all
+    // units and all images.
+    let share = roundings(8 + 8 + c.div_ceil(64)) + 12.0 * EPSILON;
     let hidden_range = size.iter().copied().fold(1.0, f64::max);
     let dpool_share = (share + roundings(reduced)) * hidden_range;
     all_close(&actual.dpool, &dpool, &dpool_bound, dpool_share, "dpool");
@@ -251,27 +279,39 @@ fn check<T: Sample>(device: &Device, shape: Shape, reduced: usize, seed: u64) {
     // Batch norm's sums: those of the tensor dz that nobody has made.
     let (gate, dpool) = (wide(&actual.gate), wide(&actual.dpool));
     let mut dz = Tensor::from_vec(shape, wide(&dx)).unwrap();
-    batch_norm::backward(&mut dz, &raw.tensor(), &raw.norm(), Arrival::Gated(&gate, &dpool));
-    let mut expected = vec![0.0; 2 * c];
-    let mut size = vec![0.0; 2 * c];
-    for (i, dz) in dz.data().iter().enumerate() {
+    let (dbeta, dgamma) =
+        batch_norm::backward(&mut dz, &raw.tensor(), &raw.norm(), Arrival::Gated(&gate, &dpool));
+    let mut size = vec![0.0; c];
+    for (i, dx) in dx.iter().enumerate() {
         let (k, at) = (i % c, |v: &[f32]| f64::from(v[i % c]));
-        expected[k] += dz;
-        expected[c + k] += dz * (raw.y[i].wide() - at(&raw.mean)) * at(&raw.rstd);
         // What each of the kernels' sums is a share of.
         let of = i / (pixels * c) * c + k;
         let share = 1.0 + (at(&raw.scale) * raw.y[i].wide()).abs() + at(&raw.shift).abs();
         let share = share * (1.0 + (raw.y[i].wide().abs() + at(&raw.mean).abs()) * at(&raw.rstd));
-        let both = share * (1.0 + dx[i].wide().abs()) * (gate[of] + dpool[of].abs());
-        size[k] += both;
-        size[c + k] += both;
+        size[k] += share * (1.0 + dx.wide().abs()) * (gate[of] + dpool[of].abs());
     }
-    let share = (additions(shape) + 16.0 + n.div_ceil(8) as f64 + 8.0) * EPSILON / 2.0 + 8.0 * EPSILON;
-    all_close(&actual.moments, &expected, &size, share, "moment");
+    // Of the images a warp adds up every eighth group of 4, and then there are 8 warps.
+    let share = (additions(shape) + 16.0 + 4.0 * n.div_ceil(32) as f64 + 8.0) * EPSILON / 2.0 + 8.0 * EPSILON;
+    let expected =
+        [&dgamma, &dbeta].map(|sums| sums.iter().map(|s| s + f64::from(BEFORE)).collect::<Vec<_>>());
+    let bound = |size: &f64| size + (size + f64::from(BEFORE)) * EPSILON / 2.0 / share;
+    let bounds: Vec<f64> = size.iter().map(bound).collect();
+    for (actual, expected) in actual.sums_of_dz.iter().zip(&expected) {
+        all_close(actual, expected, &bounds, share, "a sum of dz");
+    }
+    let norm = raw.norm();
+    let owed = Owed::new(&norm, &dbeta, &dgamma, None);
+    let row = |k: usize| &actual.owed[k * c..][..c];
+    assert_eq!(wide(row(0)), owed.a);
+    let (sums, four) = ((n * pixels) as f64, 4.0 * EPSILON);
+    let slopes: Vec<f64> = (0..c).map(|k| norm.scale[k].abs() * norm.rstd[k] / sums * size[k]).collect();
+    all_close(row(1), &owed.b, &slopes, share + four, "b");
+    let offsets = (0..c).map(|k| norm.scale[k].abs() / sums * size[k] + slopes[k] * norm.mean[k].abs());
+    all_close(row(2), &owed.c, &offsets.collect::<Vec<_>>(), share + 2.0 * four, "c");
 }
 
-/// Around the blocks' tiles: 64 channels and 32 pixels of a sum, 256 channels and 8, 32, 64 and 4 hidden units, 4 and 32
-/// images.
+/// Around the blocks' tiles: 64 channels and 32 pixels of a sum, 32 and 256 channels, 8 and 32 hidden units, 4 and 32
+/// images; hidden units that are multiples of 8 and others.
 const SHAPES: [(usize, usize, usize, usize, usize); 9] = [
     (1, 1, 1, 8, 1),
     (5, 3, 3, 72, 6),
@@ -299,7 +339,7 @@ fn any_shape() -> impl Strategy<Value = (Shape, usize)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(devices::cases(24))]
 
     #[test]
     fn every_stage_is_the_reference_s((shape, reduced) in any_shape(), seed in any::<u64>()) {
@@ -367,6 +407,27 @@ fn results_repeat_bit_for_bit() {
 }
 
 #[test]
+fn works_are_those_of_the_formulas() {
+    let shape = SqueezeExciteShape::new(Shape::new(5, 3, 4, 72), 9, f16::DTYPE).unwrap();
+    // Two tiles of up to 64 channels for each image, three of up to 32.
+    assert_eq!(shape.workspace_floats(), 5 * 2 * 9);
+    let work = shape.forward_work();
+    assert_eq!(
+        (work.kernel.as_str(), work.grid, work.shared),
+        ("squeeze_excite_forward_f16", [10, 1, 1], 36)
+    );
+    let (elements, weights, partial) = (60 * 72, 9 * 72, 5 * 2 * 9);
+    let floats = partial + 2 * 72 + 9 + 72 + 5 * (2 * 72 + 9);
+    assert_eq!(work.cost.bytes, 2 * elements + 2 * 2 * weights + 4 * floats);
+    assert_eq!(shape.backward_sums_work().cost.bytes, 2 * 2 * elements + 4 * (4 * 72 + 5 * 5 * 72));
+    let [hidden, rest] = shape.backward_works();
+    assert_eq!((hidden.grid, rest.grid), ([4, 1, 1], [3, 1, 1]));
+    assert_eq!(hidden.cost.bytes, 2 * weights + 4 * (partial + 5 * 2 * (72 + 9)));
+    let floats = 5 * (8 * 72 + 2 * 9) + 2 * (2 * weights + 9 + 72) + 11 * 72;
+    assert_eq!(rest.cost.bytes, 2 * weights + 4 * floats);
+}
+
+#[test]
 fn impossible_plans_are_refused() {
     let Some(device) = device() else { return };
     let good = Shape::new(2, 3, 3, 16);
@@ -376,7 +437,8 @@ fn impossible_plans_are_refused() {
         (Shape { w: usize::MAX, ..good }, 4),
         (Shape { n: 1 << 26, h: 1, w: 1, ..good }, 4),
         (good, 0),
-        (good, 1 << 27),
+        (good, 8193),
+        (Shape { n: 1 << 20, h: 1, w: 1, ..good }, 4096),
         (good, usize::MAX),
     ] {
         let plan = SqueezeExcite::<f32>::plan(&device, shape, reduced);
@@ -391,62 +453,66 @@ fn unfit_buffers_are_refused_before_anything_runs() {
     let shape = Shape::new(2, 3, 3, 16);
     let (n_c, r) = (32, 8);
     let mut plan = SqueezeExcite::<f32>::plan(&device, shape, r).unwrap();
+    let mut workspace = Workspace::new(&device, plan.workspace_floats()).unwrap();
+    let mut small = Workspace::new(&device, plan.workspace_floats() - 1).unwrap();
     let raw = Raw::<f32>::integers(shape).upload(&device);
     let input = device.zeros::<f32>(512).unwrap();
-    let mut out = device.zeros::<f32>(1024).unwrap();
     let refused =
         |result: effnetv2::Result<()>| assert!(matches!(result, Err(Error::Shape { .. })), "{result:?}");
+    let mut out = device.zeros::<f32>(1024).unwrap();
     with_raw!(raw, view => {
-        for range in [0..n_c - 1, 0..n_c + 1, 1..n_c + 1] {
-            refused(plan.pool(stream, view, &mut out.slice_mut(range)));
-        }
         for (dx, sums) in [(287, 160), (288, 159), (289, 160)] {
             refused(plan.backward_sums(stream, &input.slice(..dx), view, &mut out.slice_mut(..sums)));
         }
     });
-    // Each length of W₁, b₁, W₂, b₂, then of the outputs, one too large in turn; the last row has all right but
-    // for an overlap.
+    assert_eq!(device.read(&out).unwrap(), vec![0.0; 1024]);
+    // Each length of W₁, b₁, W₂, b₂, then of the outputs, one too large in turn; in the last round the workspace is too
+    // small.
     let right = [16 * r, r, 16 * r, 16];
-    for wrong in 0..4 {
-        let mut lengths = right;
-        lengths[wrong] += 1;
-        let views = lengths.map(|length| input.slice(..length));
-        let [reduce, reduce_bias, expand, expand_bias] = &views;
+    let lengths = [128, 8, 128, 16, n_c, 16, 16, 48];
+    for wrong in 0..13 {
+        let views: Vec<_> = right
+            .iter()
+            .enumerate()
+            .map(|(i, &length)| input.slice(..length + usize::from(i == wrong)))
+            .collect();
+        let [reduce, reduce_bias, expand, expand_bias] = &views[..] else { unreachable!() };
         let weights = Weights { reduce, reduce_bias, expand, expand_bias };
-        let (mut hidden, mut rest) = out.split_at_mut(16);
-        refused(plan.gate(stream, &input.slice(..n_c), weights, &mut hidden, &mut rest.slice_mut(..n_c)));
-    }
-    let views = right.map(|length| input.slice(..length));
-    let [reduce, reduce_bias, expand, expand_bias] = &views;
-    let weights = Weights { reduce, reduce_bias, expand, expand_bias };
-    for (hidden, gate) in [(15, n_c), (16, n_c - 1)] {
-        let (mut first, mut rest) = out.split_at_mut(64);
-        let (mut hidden, mut gate) = (first.slice_mut(..hidden), rest.slice_mut(..gate));
-        refused(plan.gate(stream, &input.slice(..n_c), weights, &mut hidden, &mut gate));
-    }
-    let lengths = [128, 8, 128, 16, n_c, 32];
-    for wrong in 0..6 {
-        let mut outputs: Vec<_> = (0..6).map(|_| device.zeros::<f32>(256).unwrap()).collect();
-        let mut views = outputs.iter_mut().enumerate();
-        let mut view = || {
-            let (i, buffer) = views.next().unwrap();
-            buffer.slice_mut(..lengths[i] + usize::from(i == wrong))
-        };
-        let gradients = Gradients {
-            reduce: &mut view(),
-            reduce_bias: &mut view(),
-            expand: &mut view(),
-            expand_bias: &mut view(),
-        };
-        let (pooled, hidden) = (input.slice(..n_c), input.slice(..16));
-        let state = State { pooled: &pooled, hidden: &hidden, gate: &pooled };
-        let (sums, mut dpool, mut moments) = (input.slice(..160), view(), view());
-        refused(plan.backward(stream, &sums, state, weights, gradients, &mut dpool, &mut moments));
+        let workspace = if wrong == 12 { &mut small } else { &mut workspace };
+        let mut outputs: Vec<_> = (0..8).map(|_| device.zeros::<f32>(256).unwrap()).collect();
+        if wrong < 7 || wrong == 12 {
+            let [pooled, hidden, gate, ..] = &mut outputs[..] else { unreachable!() };
+            let state = StateMut {
+                pooled: &mut pooled.slice_mut(..n_c + usize::from(wrong == 4)),
+                hidden: &mut hidden.slice_mut(..16 + usize::from(wrong == 5)),
+                gate: &mut gate.slice_mut(..n_c + usize::from(wrong == 6)),
+            };
+            with_raw!(raw, view => refused(plan.forward(stream, view, weights, state, workspace)));
+        }
+        {
+            let mut views = outputs.iter_mut().enumerate();
+            let mut view = || {
+                let (i, buffer) = views.next().unwrap();
+                buffer.slice_mut(..lengths[i] + usize::from(i + 4 == wrong))
+            };
+            let gradients = Gradients {
+                reduce: &mut view(),
+                reduce_bias: &mut view(),
+                expand: &mut view(),
+                expand_bias: &mut view(),
+            };
+            let mut dpool = view();
+            let norm = input.slice(..64);
+            let debt = Debt { norm: &norm, dgamma: &mut view(), dbeta: &mut view(), owed: &mut view() };
+            let (pooled, hidden, sums) = (input.slice(..n_c), input.slice(..16), input.slice(..160));
+            let state = State { pooled: &pooled, hidden: &hidden, gate: &pooled };
+            let input = BackwardInput { sums: &sums, state, weights };
+            refused(plan.backward(stream, input, gradients, &mut dpool, debt, workspace));
+        }
         for output in &outputs {
             assert_eq!(device.read(output).unwrap(), vec![0.0; 256]);
         }
     }
-    assert_eq!(device.read(&out).unwrap(), vec![0.0; 1024]);
 }
 
 #[test]

@@ -86,7 +86,7 @@ fn on_device<T: Sample>(
 
 fn check<T: Sample>(device: &Device, conv: Conv, images: (usize, usize, usize), seed: u64) {
     let case = Case::<T>::random(conv, images, seed);
-    let (skips, silu) = (seed % 3 != 0, seed % 2 == 0);
+    let (skips, silu) = (!seed.is_multiple_of(3), seed.is_multiple_of(2));
     let act = if silu { Activation::Silu } else { Activation::Identity };
     let actual = on_device(device, &case, act, skips, seed);
 
@@ -140,7 +140,7 @@ fn any_case() -> impl Strategy<Value = (Conv, (usize, usize, usize))> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(devices::cases(24))]
 
     #[test]
     fn all_directions_are_the_reference_s((conv, images) in any_case(), seed in any::<u64>()) {

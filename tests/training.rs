@@ -1,8 +1,9 @@
 //! The training loop through its public interface: what a step computes, what an epoch follows, what a run ends with.
 
-use effnetv2::Result;
+mod small_runs;
+
 use effnetv2::backend::{Backend, Mode, StepKey, Variables};
-use effnetv2::data::{BadImages, Dataset, Image, Loader, LoaderConfig, Pipeline, Problems, Splits, digits};
+use effnetv2::data::{BadImages, Dataset, Loader, LoaderConfig, Pipeline, Splits};
 use effnetv2::model::weights::{self, NamedTensor, WeightFile, named};
 use effnetv2::model::{Architecture, initial_values, torchvision_name};
 use effnetv2::nn::Network;
@@ -11,99 +12,15 @@ use effnetv2::reference::Reference;
 use effnetv2::report::metrics;
 use effnetv2::train::checkpoint::{Checkpoint, WeightSet};
 use effnetv2::train::evaluate::{Scores, evaluate};
-use effnetv2::train::progressive::Stage;
-use effnetv2::train::run::{CHECKPOINT, EpochRecord, METRICS, Record, RunFolder, StepRecord};
-use effnetv2::train::schedule::Decay;
-use effnetv2::train::{Observer, Silent, TrainConfig, Trainer};
-use std::cell::Cell;
+use effnetv2::train::run::{CHECKPOINT, METRICS, Record, RunFolder};
+use effnetv2::train::{Silent, TrainConfig, Trainer};
+use small_runs::{Diary, few, plain, run_on};
 use std::path::Path;
 use std::sync::Arc;
 
-/// Every `step`-th image of a dataset.
-struct Few {
-    all: Arc<dyn Dataset>,
-    step: usize,
-}
-
-impl Dataset for Few {
-    fn name(&self) -> &str {
-        self.all.name()
-    }
-    fn len(&self) -> usize {
-        self.all.len() / self.step
-    }
-    fn classes(&self) -> &[String] {
-        self.all.classes()
-    }
-    fn label(&self, index: usize) -> u32 {
-        self.all.label(index * self.step)
-    }
-    fn image(&self, index: usize) -> Result<Image> {
-        self.all.image(index * self.step)
-    }
-    fn problems(&self) -> &Problems {
-        self.all.problems()
-    }
-}
-
-/// 1442/`step` digits to train on and 355/`step` to evaluate on.
-fn few(step: usize) -> Splits {
-    let Splits { train, validation } = digits::open();
-    Splits { train: Arc::new(Few { all: train, step }), validation: Arc::new(Few { all: validation, step }) }
-}
-
-/// One stage of 32 pixels at a constant learning rate, nothing mixed, dropped or decayed.
-fn plain(batch: usize, epochs: u32) -> TrainConfig {
-    let mut config = TrainConfig::recipe("nano", "digits").unwrap();
-    (config.batch, config.epochs, config.warmup_epochs, config.decay) = (batch, epochs, 0.0, Decay::Constant);
-    (config.weight_decay, config.learning_rate, config.network.drop_path) = (0.0, 4e-3, 0.0);
-    let progressive = &mut config.progressive;
-    (progressive.stages, progressive.image_size, progressive.multiple_of) = (1, [32, 32], None);
-    (progressive.dropout, progressive.mixup_alpha, progressive.cutmix_alpha) = ([0.0; 2], [0.0; 2], [0.0; 2]);
-    progressive.randaugment = [1.0, 3.0];
-    (config.eval_size, config.label_smoothing) = (32, 0.1);
-    config
-}
-
-/// Keeps all it hears, and asks to stop when it is asked for the `patience`-th time.
-#[derive(Default)]
-struct Diary {
-    stages: Vec<(u32, usize, f64)>,
-    steps: Vec<StepRecord>,
-    epochs: Vec<EpochRecord>,
-    stage: Option<(usize, f64)>,
-    patience: Option<usize>,
-    asked: Cell<usize>,
-}
-
-impl Observer for Diary {
-    fn stage(&mut self, stage: &Stage, _stages: usize) {
-        self.stage = Some((stage.image_size, stage.regularisation.dropout));
-    }
-    fn epoch_begins(&mut self, epoch: u32, _done: usize, _batches: usize) {
-        let (size, dropout) = self.stage.unwrap();
-        self.stages.push((epoch, size, dropout));
-    }
-    fn step(&mut self, record: &StepRecord) {
-        self.steps.push(*record);
-    }
-    fn epoch(&mut self, record: &EpochRecord) {
-        self.epochs.push(*record);
-    }
-    fn should_stop(&self) -> bool {
-        self.asked.set(self.asked.get() + 1);
-        self.patience == Some(self.asked.get())
-    }
-}
-
-/// A run from start to end in `path`.
+/// A run on the CPU from start to end in `path`.
 fn run(path: &Path, config: TrainConfig, splits: &Splits, init: Option<&Path>) -> (Diary, Scores) {
-    let folder = RunFolder::create(path, &config).unwrap();
-    let classes = splits.train.classes().to_vec();
-    let mut trainer = Trainer::new(Reference::<f32>::new(), config, classes, init).unwrap();
-    let mut diary = Diary::default();
-    let scores = trainer.run(splits, &folder, &mut diary).unwrap();
-    (diary, scores)
+    run_on(Reference::<f32>::new(), path, config, splits, init)
 }
 
 fn nano(classes: usize) -> Network {
@@ -118,15 +35,11 @@ fn values(path: &Path, set: WeightSet) -> (Vec<f32>, Vec<f32>) {
     (backend.read(&vars.params).unwrap(), backend.read(&vars.stats).unwrap())
 }
 
-fn losses(diary: &Diary) -> Vec<f64> {
-    diary.steps.iter().map(|step| step.loss).collect()
-}
-
 #[test]
 fn ten_steps_lower_the_loss() {
     let folder = tempfile::tempdir().unwrap();
     let (diary, _) = run(folder.path(), plain(72, 1), &few(2), None);
-    let losses = losses(&diary);
+    let losses = diary.losses();
     assert_eq!(losses.len(), 10);
     assert!(losses[0] > 2.0 && losses[9] < 0.75 * losses[0], "{losses:?}");
     let mean = losses.iter().sum::<f64>() / 10.0;
@@ -265,8 +178,8 @@ fn stages_change_image_size_and_dropout() {
     ];
     for (number, change) in changes.into_iter().enumerate() {
         let other = staged(&number.to_string(), change);
-        assert_eq!(losses(&diary)[..4], losses(&other)[..4]);
-        assert_ne!(losses(&diary)[4], losses(&other)[4]);
+        assert_eq!(diary.losses()[..4], other.losses()[..4]);
+        assert_ne!(diary.losses()[4], other.losses()[4]);
     }
 }
 
@@ -388,5 +301,48 @@ fn a_run_stopped_anywhere_ends_the_same() {
         assert!(ours == theirs, "stopped at question {patience}");
         let [ours, theirs] = [&path, &whole].map(|p| metrics::read::<Record>(&p.join(METRICS)).unwrap());
         assert_eq!(ours.len(), theirs.len(), "stopped at question {patience}");
+    }
+}
+
+/// A batch in two parts: the loss is the mean of theirs, the statistics see one after the other, and a step is made of both.
+#[test]
+fn accumulated_gradients_are_those_of_the_parts() {
+    let folder = tempfile::tempdir().unwrap();
+    let splits = few(20);
+    let mut config = plain(72, 1);
+    (config.accumulate, config.optimizer) = (2, Rule::Sgd { momentum: 0.0, nesterov: false });
+    config.learning_rate = 0.5;
+    let (diary, _) = run(folder.path(), config.clone(), &splits, None);
+    assert_eq!(diary.steps.len(), 1);
+    let (params, stats) = values(folder.path(), WeightSet::Raw);
+
+    let stage = &config.progressive.stages(1).unwrap()[0];
+    let batch = |number| {
+        let pipeline = Pipeline::Train(config.images_in(stage));
+        let (seed, threads, prefetch, bad_images) = (config.seed, 1, 0, BadImages::Fail);
+        let loader = LoaderConfig { batch: 36, size: 32, seed, threads, prefetch, bad_images, pipeline };
+        Loader::new(splits.train.clone(), loader).unwrap().epoch(0, number).next().unwrap().unwrap()
+    };
+    let network = Network::new(config.network(10).unwrap());
+    let mut backend = Reference::<f32>::new();
+    let mut vars = variables(&backend, initial_values(network.layout(), config.seed));
+    let normalisation = Architecture::find("nano").unwrap().normalisation;
+    let losses = [0, 1].map(|number| {
+        let batch = batch(number);
+        backend.begin_step(&StepKey { seed: config.seed, epoch: 0, images: batch.indices.clone() }).unwrap();
+        let x = backend.load(&batch.images, batch.size, &normalisation, &batch.mix).unwrap();
+        let mut pass = network.forward(&mut backend, x, &mut vars, Mode::Train, 0.0).unwrap();
+        let targets = batch.mix.soft_targets(&batch.labels, 10, 0.1).unwrap();
+        let loss = backend.cross_entropy(&mut pass.head, &targets).unwrap();
+        network.backward(&mut backend, pass, &mut vars).unwrap();
+        loss
+    });
+    assert_eq!(diary.steps[0].loss, (losses[0] + losses[1]) / 2.0);
+    let norm = vars.grads.iter().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt() / 2.0;
+    assert!((diary.steps[0].gradient_norm - norm).abs() < 1e-9 * norm);
+    assert_eq!(stats, vars.stats);
+    for ((new, old), gradient) in params.iter().zip(&vars.params).zip(&vars.grads) {
+        let expected = f64::from(*old) - 0.5 * f64::from(*gradient) / 2.0;
+        assert!((f64::from(*new) - expected).abs() < 1e-6, "{new}, not {expected}");
     }
 }

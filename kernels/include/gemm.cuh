@@ -23,13 +23,14 @@
 //     GemmPlace place(const Row&, unsigned c) const;  // offset in elements, and whether it is inside; else it is zero
 //     const T* base(unsigned source) const;
 //     static constexpr bool may_transform;            // if not, the rest is not needed
+//     static constexpr bool keeps_rows;               // keep them in registers for transform: row() is dear
 //     bool transforms() const;                        // the same for all threads
 //     struct Columns;                                 // what transform needs of the 4 columns from c on, if anything
 //     Columns columns(unsigned c) const;              // c may be out of range: then anything may be returned
 //     void transform(float (&x)[4], const float (&second)[4], const Row&, const Columns&) const;
 //
 // row() is asked once for each row tile where r is a row of the operand, and in every step where it is a k or the loader
-// transforms; place() and columns() in every step. Everything comes by cp.async, `stages - 1` steps ahead, without a register held; a loader that
+// transforms and does not keep rows; place() and columns() in every step. Everything comes by cp.async, `stages - 1` steps ahead, without a register held; a loader that
 // transforms does it in shared memory one step before the product, each thread the pieces that it fetched, so that no
 // barrier is added and a value is made once for a block. What is outside stays zero: transform() never sees it.
 // GemmMatrix below is the loader of a plain matrix.
@@ -64,7 +65,7 @@ struct GemmTile {
     /// Of a warp: wm x wn, in fragments of 16 x 8.
     static constexpr unsigned wm = bm / warps_m, wn = bn / warps_n;
     static constexpr unsigned fragments_m = wm / 16, fragments_n = wn / 8;
-    static_assert(bm % (16 * warps_m) == 0 && bn % (16 * warps_n) == 0 && bm >= 64 && bn >= 64 && stages >= 2);
+    static_assert(bm % (16 * warps_m) == 0 && bn % (16 * warps_n) == 0 && bm >= 64 && bn >= 32 && stages >= 2);
     /// A warp's piece for the turn: 16 or 8 rows, 8 floats apart from a multiple of 32 banks.
     static constexpr unsigned turn_rows = wn < 64 ? 16 : 8, turn_pitch = wn + 8, turn_floats = turn_rows * turn_pitch;
 };
@@ -146,6 +147,14 @@ __device__ __forceinline__ void store4(float* to, const float (&x)[4]) {
     store16(to, make_float4(x[0], x[1], x[2], x[3]));
 }
 
+/// Whether a loader that transforms wants its rows kept in registers for it.
+template <class Loader> constexpr bool keeps_rows() {
+    if constexpr (Loader::may_transform)
+        return Loader::keeps_rows;
+    else
+        return false;
+}
+
 /// One operand: `width` rows of it and Tile::bk of k in shared memory, once for each source.
 template <class Tile, Major major, unsigned width, class Loader> struct Operand {
     using T = typename Tile::T;
@@ -159,18 +168,27 @@ template <class Tile, Major major, unsigned width, class Loader> struct Operand 
     const Loader& loader;
     /// Of the tile that is being fetched, where memory rows are the operand's.
     Row fetched[major == Major::k ? count : 1];
+    /// Of the tile that is being transformed, if its loader likes them kept.
+    static constexpr bool keeps = major == Major::k && keeps_rows<Loader>();
+    Row kept[keeps ? count : 1];
 
     __device__ __forceinline__ explicit Operand(const Loader& l) : loader(l) {}
 
     /// The piece `c` of row `r` of shared memory.
     __device__ static __forceinline__ unsigned at(unsigned r, unsigned c) {
-        return (r * across + (major == Major::k ? c ^ (r / 2 % 4) : c ^ (r % 8))) * chunk;
+        return (r * across + (across == 4 ? c ^ (r / 2 % 4) : c ^ (r % 8))) * chunk;
     }
 
     __device__ __forceinline__ void enter(unsigned first) {
         if constexpr (major == Major::k)
 #pragma unroll
             for (unsigned i = 0; i < count; ++i) fetched[i] = row(first, 0, i);
+    }
+
+    __device__ __forceinline__ void keep(unsigned first) {
+        if constexpr (keeps)
+#pragma unroll
+            for (unsigned i = 0; i < count; ++i) kept[i] = row(first, 0, i);
     }
 
     /// `first` is the operand's first row, `k` that of the step.
@@ -201,7 +219,7 @@ template <class Tile, Major major, unsigned width, class Loader> struct Operand 
                 const typename Loader::Columns columns = loader.columns(column + at_column);
 #pragma unroll
                 for (unsigned i = 0; i < count; ++i) {
-                    const Row own = row(first, k, i);
+                    const Row own = keeps ? kept[keeps ? i : 0] : row(first, k, i);
                     if (!loader.place(own, column).inside) continue;
                     T* piece = stage + at(r + i * step, c) + at_column;
                     float x[4], second[4];
@@ -371,6 +389,7 @@ __device__ __forceinline__ void gemm(const A& a, const B& b, const GemmWalk& wal
     const auto transform = [&](const Cursor& at, unsigned slot) {
         cp_async_wait_group<int(stages) - 2>();
         if (at.tile == walk.tiles) return;
+        if (at.step == 0) rows.keep(first_row(at));
         T* stage = pipeline + slot * Memory::stage_elements;
         rows.transform(stage, first_row(at), first_k(at));
         columns.transform(stage + b_begin, walk.first_column, first_k(at));

@@ -20,7 +20,7 @@ struct NormColumns {
 /// x [height, width] as it is, or with `norm` [4, width] SiLU(scale x + shift), with `gate` [images, width] times that.
 template <class T> struct GemmInput {
     static constexpr unsigned sources = 1;
-    static constexpr bool may_transform = true;
+    static constexpr bool may_transform = true, keeps_rows = false;
     const T* data;
     const float *norm, *gate;
     unsigned height, width;
@@ -70,7 +70,7 @@ struct OwedColumns {
 /// `factors` [images] are 1 if null. Without `owed` g itself, of any width if it is 0 from there to the pitch.
 template <class T> struct GemmGradient {
     static constexpr unsigned sources = 2;
-    static constexpr bool may_transform = true;
+    static constexpr bool may_transform = true, keeps_rows = false;
     const T *g, *y;
     const float *owed, *factors;
     unsigned height, width, pitch;

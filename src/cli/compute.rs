@@ -57,8 +57,8 @@ impl FromStr for DeviceName {
     }
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum DtypeName {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum DtypeName {
     F32,
     F16,
     Bf16,

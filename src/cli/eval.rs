@@ -24,8 +24,8 @@ pub(super) struct Args {
     #[arg(long, value_name = "DATA")]
     data: Option<String>,
     /// Images at a time.
-    #[arg(long, default_value_t = 64)]
-    batch: usize,
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    batch: u32,
     /// Where to draw the confusion matrix [default: confusion.svg beside the checkpoint].
     #[arg(long, value_name = "FILE")]
     confusion: Option<PathBuf>,
@@ -48,7 +48,7 @@ impl Work for Evaluation<'_> {
     type Output = ();
 
     fn on<B: Backend<Element = f32>>(self, backend: B) -> Result<()> {
-        let model = self.args.inference.model(self.checkpoint, backend, self.args.batch)?;
+        let model = self.args.inference.model(self.checkpoint, backend, self.args.batch as usize)?;
         evaluate_all(self.args, model)
     }
 }
@@ -60,7 +60,7 @@ fn evaluate_all<B: Backend<Element = f32>>(args: &Args, mut model: Model<B>) -> 
     let splits = open(&Source::parse(args.data.as_ref().unwrap_or(&config.data))?, bad_images)?;
     model.check_classes(splits.validation.name(), splits.validation.classes())?;
     let loader = LoaderConfig {
-        batch: args.batch,
+        batch: args.batch as usize,
         size: model.size,
         seed: 0,
         threads: rayon::current_num_threads(),

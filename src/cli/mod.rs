@@ -10,6 +10,8 @@ mod eval;
 mod inference;
 mod interrupt;
 mod output;
+#[cfg(feature = "cuda")]
+mod plan;
 mod predict;
 mod progress;
 mod summary;
@@ -37,6 +39,8 @@ enum Command {
     Predict(predict::Args),
     Summary(summary::Args),
     Bench(bench::Args),
+    #[cfg(feature = "cuda")]
+    Plan(plan::Args),
     /// Show the NVIDIA driver, the GPUs and the kernels built for them.
     Devices(devices::Args),
 }
@@ -50,6 +54,8 @@ pub fn main() -> ExitCode {
         Command::Predict(args) => predict::run(&args),
         Command::Summary(args) => summary::run(&args),
         Command::Bench(args) => bench::run(&args),
+        #[cfg(feature = "cuda")]
+        Command::Plan(args) => plan::run(&args),
         Command::Devices(args) => devices::run(&args),
     };
     match outcome {

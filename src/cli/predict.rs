@@ -3,7 +3,7 @@
 use super::compute::Work;
 use super::inference::{Inference, Model};
 use super::output::{note, say};
-use crate::backend::{Backend, Mode};
+use crate::backend::Backend;
 use crate::data::transform::Scratch;
 use crate::data::{MixPlan, read_image};
 use crate::report::table::percent;
@@ -108,8 +108,8 @@ impl<B: Backend<Element = f32>> Model<B> {
         let transform = self.checkpoint.description.config.eval_images;
         transform.apply(&image, self.size, &mut Scratch::default(), &mut pixels)?;
         let x = self.backend.load(&pixels, self.size, &self.normalisation, &MixPlan::none(1))?;
-        let pass = self.network.forward(&mut self.backend, x, &mut self.vars, Mode::Eval, 0.0)?;
-        let logits = self.backend.logits(&pass.head)?;
+        let head = self.network.infer(&mut self.backend, x, &mut self.vars)?;
+        let logits = self.backend.logits(&head)?;
         let probabilities = softmax(&logits);
         let classes = self.classes();
         let candidate =

@@ -8,6 +8,7 @@
 use super::{BadImages, Dataset, Image, Problems, Splits, decode, folder_name};
 use crate::{Error, Result};
 use rayon::prelude::*;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -34,7 +35,8 @@ pub fn is_image_folder(root: &Path) -> bool {
     [TRAIN, VALIDATION].iter().any(|part| root.join(part).is_dir())
 }
 
-/// Opens `root/train` and `root/val`. Files whose ending is not that of an image, and hidden files, are ignored.
+/// Opens `root/train` and `root/val`. Files whose ending is not that of an image, hidden files and folders in
+/// a class are ignored.
 ///
 /// # Errors
 /// [`Error::File`] if a part or class is missing or without images, if the two parts have different classes, and, with
@@ -68,7 +70,7 @@ impl Folder {
         let mut files = Vec::new();
         for (label, class) in class_folders.iter().enumerate() {
             let candidates: Vec<PathBuf> =
-                list(class)?.into_iter().filter(|path| is_image_name(path)).collect();
+                list(class)?.into_iter().filter(|path| is_image_name(path) && !path.is_dir()).collect();
             let usable = keep_usable(candidates, bad_images, &problems)?;
             if usable.is_empty() {
                 return Err(Error::file(class, no_images(class, &problems)));
@@ -80,7 +82,7 @@ impl Folder {
     }
 }
 
-/// The files whose header is that of an image, in the same order; the others are recorded.
+/// The files that can be opened and whose header is that of an image, in the same order; the others are recorded.
 fn keep_usable(candidates: Vec<PathBuf>, bad_images: BadImages, problems: &Problems) -> Result<Vec<PathBuf>> {
     let checks: Vec<Result<()>> = candidates.par_iter().map(|path| decode::check_header(path)).collect();
     let mut usable = Vec::with_capacity(candidates.len());
@@ -90,10 +92,19 @@ fn keep_usable(candidates: Vec<PathBuf>, bad_images: BadImages, problems: &Probl
             Err(Error::File { problem, .. }) if bad_images == BadImages::Skip => {
                 problems.record(&path, problem);
             }
+            Err(Error::Io { action, source, .. }) if bad_images == BadImages::Skip && is_its_own(&source) => {
+                problems.record(&path, format!("cannot {action}: {source}"));
+            }
             Err(error) => return Err(error),
         }
     }
     Ok(usable)
+}
+
+/// Whether the fault lies with this one file: a link that leads nowhere, a file that is not ours to read. A disk that fails
+/// must not pass for many bad images.
+fn is_its_own(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied)
 }
 
 fn no_images(class: &Path, problems: &Problems) -> String {

@@ -29,6 +29,7 @@ pub use loader::{Batch, Loader, LoaderConfig, Pipeline};
 pub use mix::{MixConfig, MixPlan, PatchBox};
 pub use problems::{BadImages, Problem, Problems};
 pub use randaugment::{Operation, RandAugment};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 pub use transform::{EvalTransform, TrainTransform};
@@ -155,7 +156,12 @@ pub fn open(source: &Source, bad_images: BadImages) -> Result<Splits> {
 }
 
 fn open_folder(root: &Path, bad_images: BadImages) -> Result<Splits> {
-    let metadata = std::fs::metadata(root).map_err(Error::io(root, "open"))?;
+    let metadata = std::fs::metadata(root).map_err(|error| match error.kind() {
+        ErrorKind::NotFound => {
+            Error::file(root, format!("there is no such folder; expected `digits` or {EXPECTED}"))
+        }
+        _ => Error::io(root, "open")(error),
+    })?;
     if !metadata.is_dir() {
         return Err(Error::file(root, format!("this is a file; expected {EXPECTED}")));
     }

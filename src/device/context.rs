@@ -2,6 +2,7 @@
 
 use super::driver_error::Doing;
 use super::module::{Family, Module};
+use super::monitor::{Launched, Monitor};
 use super::probe::{self, Gpu};
 use super::{Element, HostControl, transfer};
 use crate::{Error, Result};
@@ -11,7 +12,6 @@ use cudarc::driver::{
 };
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ pub struct Device(Arc<Inner>);
 struct Inner {
     gpu: Gpu,
     is_host: bool,
-    debug: Arc<AtomicBool>,
+    monitor: Arc<Monitor>,
     context: Arc<CudaContext>,
     compute: Arc<CudaStream>,
     copy: Arc<CudaStream>,
@@ -61,10 +61,12 @@ impl Device {
         keep_freed_memory(&context).doing(doing)?;
         let compute = context.new_stream().doing(doing)?;
         let copy = context.new_stream().doing(doing)?;
+        let monitor = Arc::<Monitor>::default();
         let debug = std::env::var("EFFNETV2_CUDA_DEBUG").is_ok_and(|value| !value.is_empty() && value != "0");
+        monitor.set_debugging(debug);
         Ok(Self(Arc::new(Inner {
             is_host: library.is_some(),
-            debug: Arc::new(debug.into()),
+            monitor,
             gpu,
             context,
             compute,
@@ -85,17 +87,28 @@ impl Device {
 
     /// Whether every launch is waited for, so that an error names the kernel it arose in.
     pub fn is_debugging(&self) -> bool {
-        self.0.debug.load(Ordering::Relaxed)
+        self.0.monitor.is_debugging()
     }
 
     /// Waits for every launch from now on, or no more.
     pub fn set_debugging(&self, debugging: bool) {
-        self.0.debug.store(debugging, Ordering::Relaxed);
+        self.0.monitor.set_debugging(debugging);
     }
 
-    /// The switch, for kernels to look at.
-    pub(super) fn debug(&self) -> &Arc<AtomicBool> {
-        &self.0.debug
+    /// Writes down every launch from now on, also those that a [`Graph`](super::Graph) records.
+    pub fn log_launches(&self) {
+        self.0.monitor.start_log();
+    }
+
+    /// The launches since [`log_launches`](Self::log_launches), in the order in which they were asked for; nothing more is
+    /// written down. None without it.
+    pub fn take_launches(&self) -> Vec<Launched> {
+        self.0.monitor.take_log()
+    }
+
+    /// What kernels report their launches to.
+    pub(super) fn monitor(&self) -> &Arc<Monitor> {
+        &self.0.monitor
     }
 
     /// The context, for programs that use cudarc themselves. It does not track the uses of slices.

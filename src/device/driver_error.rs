@@ -3,6 +3,8 @@
 //! The text is fetched then and there: it is the driver that knows it, and cudarc panics when an error is formatted in a
 //! process that has none.
 
+#![forbid(unsafe_code)]
+
 use crate::{Error, Result};
 use cudarc::driver::DriverError;
 use cudarc::driver::sys::CUresult;

@@ -1,5 +1,7 @@
 //! What build.rs embedded: a fat binary for each family, and which images each of them holds.
 
+#![forbid(unsafe_code)]
+
 use std::fmt::{self, Display, Formatter};
 
 mod embedded {

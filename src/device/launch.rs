@@ -4,7 +4,7 @@
 //! list with the kernel's table before anything is launched; a wrong number or type is an error.
 
 use super::driver_error::convert;
-use super::{Element, Kernel};
+use super::{Element, Kernel, Launched};
 use crate::{Error, Result};
 use cudarc::driver::sys::CUstreamCaptureStatus;
 use cudarc::driver::{
@@ -12,7 +12,6 @@ use cudarc::driver::{
 };
 use std::fmt::{self, Debug, Display, Formatter};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 /// A value passed to a kernel.
 pub trait Argument: DeviceRepr {
@@ -128,18 +127,12 @@ impl<'a> Launch<'a> {
             block_dim: (kernel.entry.threads, 1, 1),
             shared_mem_bytes: shared,
         };
+        let launched = Launched { kernel: kernel.entry.name, grid, threads: kernel.entry.threads, shared };
+        kernel.monitor.note(&launched);
         // SAFETY: the arguments are of the kernel's types; the rest is the caller's promise.
-        let launched = unsafe { self.arguments.launch(configuration) };
-        let finished =
-            launched.and_then(|_| if kernel.debug.load(Ordering::Relaxed) { finish(stream) } else { Ok(()) });
-        finished.map_err(|error| {
-            let [x, y, z] = grid;
-            let (name, threads) = (kernel.entry.name, kernel.entry.threads);
-            let action = format!(
-                "launch `{name}` (grid {x}×{y}×{z}, block {threads}, {shared} bytes of shared memory; {shapes})"
-            );
-            convert(error, action)
-        })
+        let done = unsafe { self.arguments.launch(configuration) };
+        let finished = done.and_then(|_| if kernel.monitor.is_debugging() { finish(stream) } else { Ok(()) });
+        finished.map_err(|error| convert(error, format!("launch {launched}, {shapes}")))
     }
 }
 

@@ -22,6 +22,7 @@ mod host;
 mod images;
 mod launch;
 mod module;
+mod monitor;
 mod operands;
 mod probe;
 mod staging;
@@ -35,10 +36,11 @@ pub use host::{HostControl, HostKernel};
 pub use images::{Image, embedded_images, toolkit};
 pub use launch::{Argument, Launch};
 pub use module::{Entry, Family, Kernel, Module, Resources};
+pub use monitor::Launched;
 pub use operands::Operands;
 pub use probe::{Gpu, Survey, survey};
 pub use staging::Staging;
-pub use transfer::{read, write};
+pub use transfer::{copy, read, write};
 
 use cudarc::driver::{DeviceRepr, ValidAsZeroBits};
 

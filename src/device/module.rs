@@ -3,14 +3,16 @@
 //! What kernels there are and what arguments they take is a table in Rust ([`Family`]), one for each `kernels/*.cu`.
 //! Launches check their arguments against it, and tests check it against what the compilers saw.
 
+#![forbid(unsafe_code)]
+
 use super::driver_error::Doing;
+use super::monitor::Monitor;
 use super::{Device, Image, embedded_images, host, images, toolkit};
 use crate::{Error, Result};
 use cudarc::driver::sys::CUfunction_attribute;
 use cudarc::driver::{CudaContext, CudaFunction};
 use cudarc::nvrtc::Ptx;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 /// The kernels of one `kernels/*.cu`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +47,7 @@ pub struct Module {
 pub struct Kernel {
     pub(super) entry: &'static Entry,
     pub(super) function: CudaFunction,
-    pub(super) debug: Arc<AtomicBool>,
+    pub(super) monitor: Arc<Monitor>,
     context: Arc<CudaContext>,
 }
 
@@ -76,7 +78,12 @@ impl Module {
             let function = module
                 .load_function(entry.name)
                 .doing(|| format!("find the kernel `{}` of kernels/{}.cu", entry.name, family.name))?;
-            Ok(Kernel { entry, function, debug: device.debug().clone(), context: device.context().clone() })
+            Ok(Kernel {
+                entry,
+                function,
+                monitor: device.monitor().clone(),
+                context: device.context().clone(),
+            })
         };
         // Loading a module has bound the context to this thread, which looking up functions relies on.
         Ok(Self { family, kernels: family.kernels.iter().map(load).collect::<Result<_>>()? })

@@ -1,6 +1,8 @@
 //! What a wrapper checks of its buffers before it launches: lengths, device, alignment, and that nothing it writes is
 //! also read or written through another argument.
 
+#![forbid(unsafe_code)]
+
 use super::Device;
 use crate::{Error, Result};
 use cudarc::driver::{CudaStream, DevicePtr};

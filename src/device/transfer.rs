@@ -1,5 +1,7 @@
 //! Copies between the program's memory and the device's.
 
+#![forbid(unsafe_code)]
+
 use super::Element;
 use super::driver_error::Doing;
 use crate::{Error, Result};
@@ -20,6 +22,22 @@ pub fn write<T: Element>(
         return Err(Error::Shape { operation: "copy to the GPU", problem });
     }
     stream.memcpy_htod(values, to).doing(|| format!("copy {} bytes to the GPU", size_of_val(values)))
+}
+
+/// Copies a buffer to another of the same length, in the order of `stream`.
+///
+/// # Errors
+/// [`Error::Shape`] when the lengths differ, [`Error::Driver`].
+pub fn copy<T: Element>(
+    stream: &Arc<CudaStream>,
+    from: &impl DevicePtr<T>,
+    to: &mut impl DevicePtrMut<T>,
+) -> Result<()> {
+    if from.len() != to.len() {
+        let problem = format!("{} elements cannot be copied to {}", from.len(), to.len());
+        return Err(Error::Shape { operation: "copy within the GPU", problem });
+    }
+    stream.memcpy_dtod(from, to).doing(|| format!("copy {} bytes within the GPU", from.num_bytes()))
 }
 
 /// The values of a buffer, once everything before on `stream` is done.

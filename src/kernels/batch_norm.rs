@@ -35,6 +35,9 @@ pub const FAMILY: Family = Family {
         entry("batch_norm_backward_silu_f32", "pppppp{16:4}I{40:8}"),
         entry("batch_norm_backward_silu_f16", "pppppp{16:4}I{40:8}"),
         entry("batch_norm_backward_silu_bf16", "pppppp{16:4}I{40:8}"),
+        entry("batch_norm_fold_f32", "pppII"),
+        entry("batch_norm_fold_f16", "pppII"),
+        entry("batch_norm_fold_bf16", "pppII"),
         entry("batch_norm_owe", "pII{40:8}"),
         entry("batch_norm_evaluate", "pppp"),
         entry("batch_norm_factors", "pppII"),
@@ -70,15 +73,14 @@ impl Argument for Tiling {
 }
 
 impl Tiling {
-    /// With at least `least` pixels for each thread and about `runs` runs at most.
-    fn new(shape: Shape, least: u32, runs: u32) -> Self {
+    /// With `least` pixels for each thread, and as many more as keep to `runs` runs.
+    fn new(shape: Shape, least: u32, runs: impl FnOnce(u32) -> u32) -> Self {
         let (pixels, channels) = (shape.pixels() as u32, shape.c as u32);
         let groups = channels / 8;
         let tiles = groups.div_ceil(MOST_GROUPS);
         // Even, so that a tile of 16-bit elements begins and ends with a sector of 32 bytes.
         let groups = if tiles == 1 { groups } else { groups.div_ceil(tiles).next_multiple_of(2) };
-        let runs = runs.min(REDUCTION_BLOCKS.div_ceil(tiles));
-        let run = (THREADS / groups * least).max(pixels.div_ceil(runs));
+        let run = (THREADS / groups * least).max(pixels.div_ceil(runs(tiles)));
         Self { pixels, channels, run, groups }
     }
 
@@ -111,13 +113,12 @@ impl BatchNormShape {
 
     /// A reduction over pixels.
     fn reduction(&self) -> Tiling {
-        Tiling::new(self.shape, 4, MOST_RUNS)
+        Tiling::new(self.shape, 4, |tiles| MOST_RUNS.min(REDUCTION_BLOCKS.div_ceil(tiles)))
     }
 
     /// One tensor in, another out.
     fn pass(&self) -> Tiling {
-        let tiling = Tiling::new(self.shape, 8, u32::MAX);
-        Tiling { run: THREADS / tiling.groups * 8, ..tiling }
+        Tiling::new(self.shape, 8, |_| u32::MAX)
     }
 
     fn work(&self, name: &str, tiling: Tiling, bytes: usize, operations: usize) -> Work {
@@ -531,8 +532,89 @@ impl Evaluation {
     }
 }
 
+/// The weights of one convolution with the normalisation of inference in them.
+#[derive(Debug)]
+pub struct Fold<T> {
+    device: Device,
+    kernel: Kernel,
+    channels: usize,
+    weights: usize,
+    work: Work,
+    element: PhantomData<fn() -> T>,
+}
+
+/// Elements of a block that folds.
+const FOLD_TILE: usize = 2048;
+
+impl<T: RawElement> Fold<T> {
+    /// For a dense or pointwise convolution with `weights` weights and `channels` outputs.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for channels that are no multiple of 8 or do not divide the weights, or 2³¹ weights and more; those
+    /// of [`Device::module`].
+    pub fn plan(device: &Device, weights: usize, channels: usize) -> Result<Self> {
+        let possible = channels > 0
+            && channels.is_multiple_of(8)
+            && weights.is_multiple_of(channels)
+            && (1..=MAX_ELEMENTS).contains(&weights);
+        if !possible {
+            let problem = format!("{weights} weights of {channels} channels cannot be folded");
+            return Err(Error::Shape { operation: OPERATION, problem });
+        }
+        let cost = Cost {
+            bytes: (weights * (4 + T::DTYPE.bytes()) + 4 * channels) as u64,
+            tensor_operations: 0,
+            operations: weights as u64,
+        };
+        let kernel = format!("batch_norm_fold_{}", T::SUFFIX);
+        let work = Work { kernel, grid: [weights.div_ceil(FOLD_TILE) as u32, 1, 1], shared: 0, cost };
+        let kernel = device.module(&FAMILY)?.kernel(&work.kernel)?;
+        Ok(Self { device: device.clone(), kernel, channels, weights, work, element: PhantomData })
+    }
+
+    /// Its launch.
+    pub fn work(&self) -> &Work {
+        &self.work
+    }
+
+    /// folded ← scale\[o\]·weights\[o, …\] of every output channel o. The shift is what remains to be added: the bias of
+    /// [`Output::Folded`](super::Output::Folded).
+    ///
+    /// # Errors
+    /// As for [`BatchNorm::merge`].
+    pub fn fold(
+        &self,
+        stream: &Arc<CudaStream>,
+        weights: &CudaView<'_, f32>,
+        scale: &CudaView<'_, f32>,
+        folded: &mut CudaViewMut<'_, T>,
+    ) -> Result<()> {
+        let mut operands = Operands::new(OPERATION, &self.device, stream)?;
+        operands.read("weights", weights, self.weights)?;
+        operands.read("scale", scale, self.channels)?;
+        operands.write("folded", folded, self.weights)?;
+        let (count, row) = (self.weights as u32, (self.weights / self.channels) as u32);
+        let mut launch = self.kernel.on(stream);
+        launch.input(weights).input(scale).output(folded).value(&count).value(&row);
+        // SAFETY: both buffers have `count` elements, a multiple of 8, and do not overlap; `scale` has one for each `row` of
+        // them. A thread reads and writes 8 elements below `count`.
+        unsafe { launch.run(self.work.grid, self.work.shared, format_args!("{count} weights")) }
+    }
+}
+
 /// Words of the kernels' `EvaluatePart`.
 const PART_WORDS: usize = 8;
+
+/// The launch of [`StochasticDepth::draw`] for batches of `images` images and `blocks` blocks that drop.
+pub fn factors_work(images: usize, blocks: usize) -> Work {
+    let bytes = 4 * (DROP_WORDS * blocks + images + images * blocks) as u64;
+    let cost = Cost { bytes, tensor_operations: 0, operations: 0 };
+    let grid = [blocks as u32, (images as u32).div_ceil(THREADS), 1];
+    Work { kernel: "batch_norm_factors".into(), grid, shared: 0, cost }
+}
+
+/// Words of the kernels' `Drop`.
+const DROP_WORDS: usize = 3;
 
 /// The factors of stochastic depth of all blocks, drawn in one launch for each step.
 #[derive(Debug)]
@@ -564,7 +646,7 @@ impl StochasticDepth {
             );
             return Err(Error::Shape { operation: DEPTH, problem });
         };
-        let mut words = Vec::with_capacity(3 * blocks.len());
+        let mut words = Vec::with_capacity(DROP_WORDS * blocks.len());
         for &DropPath { rate, block } in blocks {
             if !(0.0..1.0).contains(&rate) {
                 return Err(Error::usage("drop_path", rate, "expected a number from 0 to below 1"));
@@ -575,13 +657,7 @@ impl StochasticDepth {
                 Purpose::DropPath(block).code(),
             ]);
         }
-        let cost = Cost {
-            bytes: 4 * (words.len() + images + images * blocks.len()) as u64,
-            tensor_operations: 0,
-            operations: 0,
-        };
-        let grid = [blocks.len() as u32, (images as u32).div_ceil(THREADS), 1];
-        let work = Work { kernel: "batch_norm_factors".into(), grid, shared: 0, cost };
+        let work = factors_work(images, blocks.len());
         Ok(Self {
             device: device.clone(),
             kernel: device.module(&FAMILY)?.kernel(&work.kernel)?,

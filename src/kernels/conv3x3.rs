@@ -24,6 +24,10 @@ const fn entry(name: &'static str, signature: &'static str) -> Entry {
     Entry { name, signature, threads: THREADS }
 }
 
+const fn slim(name: &'static str, signature: &'static str) -> Entry {
+    Entry { name, signature, threads: Tile::SLIM.threads }
+}
+
 /// The kernels of `kernels/conv3x3.cu`.
 pub const FAMILY: Family = Family {
     name: "conv3x3",
@@ -38,6 +42,10 @@ pub const FAMILY: Family = Family {
         entry("conv3x3_dgrad_narrow_bf16", DGRAD),
         entry("conv3x3_dgrad_wide_f16", DGRAD),
         entry("conv3x3_dgrad_wide_bf16", DGRAD),
+        slim("conv3x3_fprop_slim_f16", FPROP),
+        slim("conv3x3_fprop_slim_bf16", FPROP),
+        slim("conv3x3_dgrad_slim_f16", DGRAD),
+        slim("conv3x3_dgrad_slim_bf16", DGRAD),
         entry("conv3x3_wgrad_f32", WGRAD),
         entry("conv3x3_wgrad_f16", WGRAD),
         entry("conv3x3_wgrad_bf16", WGRAD),
@@ -205,13 +213,15 @@ impl Conv3x3Shape {
         self.y.pixels() as u64 * self.weights() as u64
     }
 
-    /// Of fprop's or dgrad's product with so many columns: wide ones only where they compute no more than narrow ones.
+    /// Of fprop's or dgrad's product with so many columns: the widest that computes no more than narrower ones.
     const fn tile(dtype: Dtype, columns: usize) -> Tile {
         match dtype {
+            Dtype::F32 => Tile::NARROW,
+            Dtype::F16 | Dtype::Bf16 if columns <= 32 => Tile::SLIM,
             Dtype::F16 | Dtype::Bf16 if columns.next_multiple_of(128) == columns.next_multiple_of(64) => {
                 Tile::WIDE
             }
-            Dtype::F32 | Dtype::F16 | Dtype::Bf16 => Tile::NARROW,
+            Dtype::F16 | Dtype::Bf16 => Tile::NARROW,
         }
     }
 

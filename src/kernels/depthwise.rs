@@ -72,11 +72,8 @@ impl Tiling {
     }
 
     const fn backward(conv: &Conv) -> Self {
-        match (conv.kernel, conv.stride) {
-            (3, 2) => Self { channels: 4, columns: 2 },
-            (5, 2) => Self { channels: 2, columns: 2 },
-            _ => Self { channels: 2, columns: 4 },
-        }
+        let columns = if conv.kernel == 5 && conv.stride == 2 { 2 } else { 4 };
+        Self { channels: 2, columns }
     }
 
     /// Strips that a block works on at a time.

@@ -14,9 +14,10 @@ pub(super) struct Tile {
     pub(super) rows: u32,
     pub(super) columns: u32,
     pub(super) warp_rows: u32,
+    pub(super) threads: u32,
 }
 
-/// Threads of every block.
+/// Threads of a block, but for the slim tile.
 pub(super) const THREADS: u32 = 256;
 /// Bytes of a step along the sum, in every row of an operand.
 const STEP_BYTES: u32 = 64;
@@ -24,18 +25,24 @@ const STAGES: u32 = 3;
 
 impl Tile {
     /// 128 × 128, for f16 and bf16.
-    pub(super) const WIDE: Self = Self { name: "wide", rows: 128, columns: 128, warp_rows: 2 };
+    pub(super) const WIDE: Self =
+        Self { name: "wide", rows: 128, columns: 128, warp_rows: 2, threads: THREADS };
     /// 128 × 64.
-    pub(super) const NARROW: Self = Self { name: "narrow", rows: 128, columns: 64, warp_rows: 4 };
+    pub(super) const NARROW: Self =
+        Self { name: "narrow", rows: 128, columns: 64, warp_rows: 4, threads: THREADS };
+    /// 128 × 32, for f16 and bf16.
+    pub(super) const SLIM: Self = Self { name: "slim", rows: 128, columns: 32, warp_rows: 4, threads: 128 };
     /// 64 × 128, for weights' gradients.
-    pub(super) const WEIGHTS: Self = Self { name: "", rows: 64, columns: 128, warp_rows: 2 };
+    pub(super) const WEIGHTS: Self =
+        Self { name: "", rows: 64, columns: 128, warp_rows: 2, threads: THREADS };
 
     /// Bytes of `GemmMemory` where A's values are made of `sources` tensors, and B's of one.
     pub(super) const fn shared(&self, sources: u32) -> u32 {
         let stage = (self.rows * sources + self.columns) * STEP_BYTES;
-        let warp_columns = self.columns * self.warp_rows / (THREADS / 32);
+        let warps = self.threads / 32;
+        let warp_columns = self.columns * self.warp_rows / warps;
         let turn_rows = if warp_columns < 64 { 16 } else { 8 };
-        STAGES * stage + THREADS / 32 * turn_rows * (warp_columns + 8) * 4
+        STAGES * stage + warps * turn_rows * (warp_columns + 8) * 4
     }
 
     /// The same with the pivots of `ForwardEpilogue`.
@@ -287,7 +294,7 @@ mod tests {
     fn quotient(by: FastDivisor, x: u32) -> u32 {
         match by.multiplier {
             0 => x,
-            m => (u64::from(x) * u64::from(m) >> 32) as u32 >> by.shift,
+            m => ((u64::from(x) * u64::from(m)) >> 32) as u32 >> by.shift,
         }
     }
 

@@ -6,9 +6,10 @@
 
 use super::raw::{RawElement, RawView, channel_blocks, check_shape};
 use super::step::{self, StepScalars};
+use super::{Cost, Work};
 use crate::device::cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
 use crate::device::{self, Device, Entry, Family, Kernel, Operands};
-use crate::tensor::{MAX_ELEMENTS, Shape};
+use crate::tensor::{Dtype, MAX_ELEMENTS, Shape};
 use crate::{Error, Result};
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -43,12 +44,68 @@ pub enum Dropout<'a> {
     Off,
 }
 
+/// What a head is of; its launches, without a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadShape {
+    shape: Shape,
+    classes: usize,
+    dtype: Dtype,
+}
+
+impl HeadShape {
+    /// Of raw outputs of `shape` and `dtype`, and `classes` logits.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for an empty shape, channels that are no multiple of 8, no classes, or 2³¹ elements and more.
+    pub fn new(shape: Shape, classes: usize, dtype: Dtype) -> Result<Self> {
+        check_shape(OPERATION, shape)?;
+        if !classes.checked_mul(shape.n).is_some_and(|logits| (1..=MAX_ELEMENTS).contains(&logits)) {
+            let problem =
+                format!("{} images of {classes} classes; 1 to {MAX_ELEMENTS} logits are possible", shape.n);
+            return Err(Error::Shape { operation: OPERATION, problem });
+        }
+        Ok(Self { shape, classes, dtype })
+    }
+
+    fn work(&self, name: &str, blocks: u32, bytes: usize, operations: usize) -> Work {
+        let cost = Cost { bytes: bytes as u64, tensor_operations: 0, operations: operations as u64 };
+        Work { kernel: format!("head_{name}_{}", self.dtype), grid: [blocks, 1, 1], shared: 0, cost }
+    }
+
+    /// The launch of [`Head::pool`].
+    pub fn pool_work(&self) -> Work {
+        let Shape { n, c, .. } = self.shape;
+        let elements = self.shape.elements();
+        let bytes = (elements + n * c) * self.dtype.bytes() + 4 * (2 * c + n);
+        self.work("pool", channel_blocks(self.shape), bytes, 6 * elements)
+    }
+
+    /// The launches of [`Head::cross_entropy`].
+    pub fn cross_entropy_works(&self) -> [Work; 2] {
+        let n = self.shape.n;
+        let logits = n * self.classes;
+        let bytes = logits * (4 + 2 * self.dtype.bytes()) + 8 * n;
+        let cost = Cost { bytes: 4 * n as u64 + 4, tensor_operations: 0, operations: n as u64 };
+        [
+            self.work("cross_entropy", n as u32, bytes, 9 * logits),
+            Work { kernel: "head_mean_loss".into(), grid: [1, 1, 1], shared: 0, cost },
+        ]
+    }
+
+    /// The launch of [`Head::pool_backward`].
+    pub fn pool_backward_work(&self) -> Work {
+        let Shape { n, c, .. } = self.shape;
+        let elements = self.shape.elements();
+        let bytes = (2 * elements + n * c) * self.dtype.bytes() + 4 * (4 * c + n + 2 * n * c);
+        self.work("pool_backward", channel_blocks(self.shape), bytes, 14 * elements)
+    }
+}
+
 /// The plan for one shape, number of classes and element type. The same calls give the same bits.
 #[derive(Debug)]
 pub struct Head<T> {
     device: Device,
-    shape: Shape,
-    classes: u32,
+    shape: HeadShape,
     rate: f64,
     pool: Kernel,
     pool_backward: Kernel,
@@ -65,15 +122,10 @@ impl<T: RawElement> Head<T> {
     /// For raw outputs of `shape`, `classes` logits, and dropout with probability `rate`.
     ///
     /// # Errors
-    /// [`Error::Shape`] for an empty shape, channels that are no multiple of 8, no classes, or 2³¹ elements and more;
-    /// [`Error::Usage`] for a rate outside \[0, 1); those of [`Device::module`]; [`Error::Driver`].
+    /// Those of [`HeadShape::new`]; [`Error::Usage`] for a rate outside \[0, 1); those of [`Device::module`];
+    /// [`Error::Driver`].
     pub fn plan(device: &Device, shape: Shape, classes: usize, rate: f64) -> Result<Self> {
-        check_shape(OPERATION, shape)?;
-        if !classes.checked_mul(shape.n).is_some_and(|logits| (1..=MAX_ELEMENTS).contains(&logits)) {
-            let problem =
-                format!("{} images of {classes} classes; 1 to {MAX_ELEMENTS} logits are possible", shape.n);
-            return Err(Error::Shape { operation: OPERATION, problem });
-        }
+        let head = HeadShape::new(shape, classes, T::DTYPE)?;
         if !(0.0..1.0).contains(&rate) {
             return Err(Error::usage("dropout", rate, "expected a number from 0 to below 1"));
         }
@@ -81,8 +133,7 @@ impl<T: RawElement> Head<T> {
         let kernel = |name: &str| module.kernel(&format!("head_{name}_{}", T::SUFFIX));
         Ok(Self {
             device: device.clone(),
-            shape,
-            classes: classes as u32,
+            shape: head,
             rate,
             pool: kernel("pool")?,
             pool_backward: kernel("pool_backward")?,
@@ -106,7 +157,7 @@ impl<T: RawElement> Head<T> {
         dropout: Dropout<'_>,
         features: &mut CudaViewMut<'_, T>,
     ) -> Result<()> {
-        let shape = self.shape;
+        let HeadShape { shape, .. } = self.shape;
         let mut operands = Operands::new(OPERATION, &self.device, stream)?;
         raw.check(&mut operands, shape)?;
         operands.write("features", features, shape.n * shape.c)?;
@@ -123,7 +174,7 @@ impl<T: RawElement> Head<T> {
         // SAFETY: y has `shape`, whose channels are a multiple of 8, the vectors its channels; `step` is of as many images,
         // and not read where there is none. A block reads one image's tile of 64 channels, those that exist, and writes
         // their features, which overlap nothing.
-        unsafe { launch.run([channel_blocks(shape), 1, 1], 0, shape) }
+        unsafe { launch.run(self.shape.pool_work().grid, 0, shape) }
     }
 
     /// Of the classifier's logits \[n, classes\] and soft `targets` of that shape: the mean loss, for
@@ -139,13 +190,14 @@ impl<T: RawElement> Head<T> {
         targets: &CudaView<'_, f32>,
         dlogits: &mut CudaViewMut<'_, T>,
     ) -> Result<()> {
-        let (n, classes) = (self.shape.n as u32, self.classes);
-        let count = self.shape.n * classes as usize;
+        let HeadShape { shape, classes, .. } = self.shape;
+        let (count, [entropy_work, mean_work]) = (shape.n * classes, self.shape.cross_entropy_works());
+        let (n, classes) = (shape.n as u32, classes as u32);
         let mut operands = Operands::new(OPERATION, &self.device, stream)?;
         operands.read("logits", logits, count)?;
         operands.read("targets", targets, count)?;
         operands.write("dlogits", dlogits, count)?;
-        let step = step.view(&mut operands, self.shape.n)?;
+        let step = step.view(&mut operands, shape.n)?;
         let shapes = format_args!("{n} images, {classes} classes");
         let mut losses = self.losses.as_view_mut();
         let mut launch = self.cross_entropy.on(stream);
@@ -153,12 +205,12 @@ impl<T: RawElement> Head<T> {
         launch.value(&classes).value(&n);
         // SAFETY: block b reads row b of logits and targets and writes row b of dlogits, `classes` elements each, and
         // element b of `losses`, which has one for each image. None overlap.
-        unsafe { launch.run([n, 1, 1], 0, shapes) }?;
+        unsafe { launch.run(entropy_work.grid, 0, shapes) }?;
         let (losses, mut loss) = (self.losses.as_view(), self.loss.as_view_mut());
         let mut launch = self.mean_loss.on(stream);
         launch.input(&losses).output(&mut loss).value(&n);
         // SAFETY: one block reads the n losses and writes the one mean; both are this plan's own.
-        unsafe { launch.run([1, 1, 1], 0, shapes) }
+        unsafe { launch.run(mean_work.grid, 0, shapes) }
     }
 
     /// dz ← dropout of `dfeatures` \[n, c\], spread over the pixels, times SiLU'(z); and `sums` \[2, n, c\] ← what batch
@@ -175,7 +227,7 @@ impl<T: RawElement> Head<T> {
         dz: &mut CudaViewMut<'_, T>,
         sums: &mut CudaViewMut<'_, f32>,
     ) -> Result<()> {
-        let shape = self.shape;
+        let HeadShape { shape, .. } = self.shape;
         let mut operands = Operands::new(OPERATION, &self.device, stream)?;
         operands.read("dfeatures", dfeatures, shape.n * shape.c)?;
         raw.check(&mut operands, shape)?;
@@ -198,7 +250,7 @@ impl<T: RawElement> Head<T> {
         launch.output(dz).output(sums).value(&pixels).value(&channels).value(&n);
         launch.value(&threshold).value(&keep);
         // SAFETY: as in `pool`; a block writes dz where it reads y, and two sums for each of its channels. None overlap.
-        unsafe { launch.run([channel_blocks(shape), 1, 1], 0, shape) }
+        unsafe { launch.run(self.shape.pool_backward_work().grid, 0, shape) }
     }
 
     /// Waits for the last [`cross_entropy`](Self::cross_entropy) and fetches the mean loss, without the loss scale.
@@ -227,9 +279,11 @@ impl<T: RawElement> Head<T> {
     ) -> Result<(Option<CudaView<'a, u32>>, u32, f32)> {
         Ok(match dropout {
             Dropout::Off => (None, 0, 1.0),
-            Dropout::On(step) => {
-                (Some(step.view(operands, self.shape.n)?), step::threshold(self.rate), step::keep(self.rate))
-            }
+            Dropout::On(step) => (
+                Some(step.view(operands, self.shape.shape.n)?),
+                step::threshold(self.rate),
+                step::keep(self.rate),
+            ),
         })
     }
 }

@@ -26,11 +26,12 @@
 //! # }
 //! ```
 
+use super::{Cost, RawElement, Work};
 use crate::device::cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
-use crate::device::{self, Device, Element, Entry, Family, Kernel, Launch, Module, Operands};
+use crate::device::{self, Device, Entry, Family, Kernel, Launch, Module, Operands};
 use crate::optimizer::Rule;
 pub use crate::optimizer::Scalars;
-use crate::tensor::MAX_ELEMENTS;
+use crate::tensor::{Dtype, MAX_ELEMENTS};
 use crate::{Error, Result};
 use half::{bf16, f16};
 use std::ops::Range;
@@ -67,7 +68,7 @@ pub const FAMILY: Family = Family {
 };
 
 /// An element of the working copy that convolutions read.
-pub trait CopyElement: Element {
+pub trait CopyElement: RawElement {
     /// The kernel that casts f32 to it.
     const CAST: &'static str;
 }
@@ -78,6 +79,66 @@ impl CopyElement for f16 {
 
 impl CopyElement for bf16 {
     const CAST: &'static str = "optimizer_cast_bf16";
+}
+
+/// A rule on a number of parameters: what its launches are and cost.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct UpdateShape {
+    /// The rule.
+    pub rule: Rule,
+    /// How many values it updates.
+    pub parameters: usize,
+}
+
+impl UpdateShape {
+    /// The launch of [`Optimizer::update`], with a moving average or without one, and with a working copy in `copy`;
+    /// [`Dtype::F32`] is none.
+    pub fn update_work(self, average: bool, copy: Dtype) -> Work {
+        let n = self.parameters as u64;
+        let (name, operations) = match self.rule {
+            Rule::RmsPropTf { .. } => ("rmsprop", 13),
+            Rule::Sgd { .. } => ("sgd", 7),
+            Rule::AdamW { .. } => ("adamw", 17),
+        };
+        let copied = if copy == Dtype::F32 { 0 } else { copy.bytes() as u64 };
+        let averaged = if average { 8 } else { 0 };
+        let bytes = n * (12 + 8 * self.rule.slots().len() as u64 + averaged + copied) + n.div_ceil(8);
+        let operations = n * (operations + if average { 3 } else { 0 });
+        elementwise(format!("optimizer_{name}_{copy}"), self.parameters, bytes, operations)
+    }
+
+    /// The launches of [`Optimizer::norm`] and [`Optimizer::norm_and_clip`].
+    pub fn norm_work(self) -> [Work; 2] {
+        let n = self.parameters as u64;
+        let blocks = n.div_ceil(NORM_TILE.into());
+        let work = |kernel: &str, blocks: u64, bytes, operations| Work {
+            kernel: kernel.into(),
+            grid: [blocks as u32, 1, 1],
+            shared: 0,
+            cost: Cost { bytes, operations, ..Cost::default() },
+        };
+        [
+            work("optimizer_norm_partial", blocks, 4 * n + 8 * blocks, 2 * n),
+            work("optimizer_norm_finish", 1, 8 * blocks, blocks),
+        ]
+    }
+}
+
+/// The launch of [`Optimizer::update_average`] on `values` values.
+pub fn average_work(values: usize) -> Work {
+    let n = values as u64;
+    elementwise("optimizer_average".into(), values, 12 * n, 3 * n)
+}
+
+/// The launch of [`Optimizer::cast`] on `values` values; `copy` is a half type.
+pub fn cast_work(values: usize, copy: Dtype) -> Work {
+    elementwise(format!("optimizer_cast_{copy}"), values, ((4 + copy.bytes()) * values) as u64, 0)
+}
+
+/// A launch of blocks of [`TILE`] elements each.
+fn elementwise(kernel: String, elements: usize, bytes: u64, operations: u64) -> Work {
+    let grid = [elements.div_ceil(TILE as usize) as u32, 1, 1];
+    Work { kernel, grid, shared: 0, cost: Cost { bytes, operations, ..Cost::default() } }
 }
 
 /// The buffers of an update: each as long as the parameters, aligned to 16 bytes, none overlapping another.
@@ -110,8 +171,7 @@ pub enum WorkingCopy<'a, 'b> {
 #[derive(Debug)]
 pub struct Optimizer {
     device: Device,
-    rule: Rule,
-    parameters: u32,
+    shape: UpdateShape,
     kernels: Kernels,
     /// Bit i % 8 of byte i / 8: whether weight decay applies to element i.
     decay_bits: CudaSlice<u8>,
@@ -138,21 +198,16 @@ impl Optimizer {
     /// ranges that are not sorted, overlap or reach beyond them; those of [`Device::module`]; [`Error::Driver`].
     pub fn plan(device: &Device, rule: Rule, parameters: usize, kernels: &[Range<usize>]) -> Result<Self> {
         rule.validate()?;
-        let count = elements("parameters", parameters)?;
+        elements("parameters", parameters)?;
+        let shape = UpdateShape { rule, parameters };
         let bits = decay_bits(parameters, kernels)?;
         let module = device.module(&FAMILY)?;
-        let name = match rule {
-            Rule::RmsPropTf { .. } => "rmsprop",
-            Rule::Sgd { .. } => "sgd",
-            Rule::AdamW { .. } => "adamw",
-        };
-        let update = |copy| module.kernel(&format!("optimizer_{name}_{copy}"));
+        let update = |copy| module.kernel(&shape.update_work(false, copy).kernel);
         Ok(Self {
             device: device.clone(),
-            rule,
-            parameters: count,
+            shape,
             kernels: Kernels {
-                update: [update("f32")?, update("f16")?, update("bf16")?],
+                update: [update(Dtype::F32)?, update(Dtype::F16)?, update(Dtype::Bf16)?],
                 norm_partial: module.kernel("optimizer_norm_partial")?,
                 norm_finish: module.kernel("optimizer_norm_finish")?,
                 average: module.kernel("optimizer_average")?,
@@ -160,7 +215,7 @@ impl Optimizer {
             },
             decay_bits: device.upload(&bits)?,
             scalars: device.zeros(SCALARS)?,
-            partial: device.zeros(count.div_ceil(NORM_TILE) as usize)?,
+            partial: device.zeros(parameters.div_ceil(NORM_TILE as usize))?,
             norm: device.zeros(1)?,
         })
     }
@@ -170,8 +225,8 @@ impl Optimizer {
     /// # Errors
     /// [`Error::Driver`], out of memory for one.
     pub fn initial_slots(&self) -> Result<Vec<CudaSlice<f32>>> {
-        let slots = self.rule.slots().iter();
-        slots.map(|slot| self.device.upload(&vec![slot.initial; self.parameters as usize])).collect()
+        let slots = self.shape.rule.slots().iter();
+        slots.map(|slot| self.device.upload(&vec![slot.initial; self.shape.parameters])).collect()
     }
 
     /// Sends the scalars of the next step to the device. Outside of captured graphs: what follows may be captured, and
@@ -181,7 +236,7 @@ impl Optimizer {
     /// [`Error::Shape`] for a stream of another device, [`Error::Driver`].
     pub fn begin_step(&mut self, stream: &Arc<CudaStream>, scalars: &Scalars) -> Result<()> {
         Operands::new(OPERATION, &self.device, stream)?;
-        let values = to_device(self.rule, scalars);
+        let values = to_device(self.shape.rule, scalars);
         device::write(stream, &values, &mut self.scalars)
     }
 
@@ -205,26 +260,23 @@ impl Optimizer {
     }
 
     fn reduce(&mut self, stream: &Arc<CudaStream>, gradients: &CudaView<'_, f32>, clip: bool) -> Result<()> {
-        Operands::new(OPERATION, &self.device, stream)?.read(
-            "gradients",
-            gradients,
-            self.parameters as usize,
-        )?;
-        let n = self.parameters;
-        let blocks = n.div_ceil(NORM_TILE);
+        let UpdateShape { parameters, .. } = self.shape;
+        Operands::new(OPERATION, &self.device, stream)?.read("gradients", gradients, parameters)?;
+        let (n, [partial_work, finish_work]) = (parameters as u32, self.shape.norm_work());
+        let blocks = partial_work.grid[0];
         let shapes = format_args!("{n} gradients");
         let (mut partial, mut norm) = (self.partial.as_view_mut(), self.norm.as_view_mut());
         let mut launch = self.kernels.norm_partial.on(stream);
         launch.input(gradients).output(&mut partial).value(&n);
         // SAFETY: block b reads elements below n of the NORM_TILE from b · NORM_TILE on and writes element b of
         // `partial`, which has one for each block and is this plan's own.
-        unsafe { launch.run([blocks, 1, 1], 0, shapes) }?;
+        unsafe { launch.run(partial_work.grid, 0, shapes) }?;
         let (partial, mut scalars) = (self.partial.as_view(), self.scalars.as_view_mut());
         let mut launch = self.kernels.norm_finish.on(stream);
         launch.input(&partial).output(&mut norm).optional(clip.then_some(&mut scalars)).value(&blocks);
         // SAFETY: one block reads the `blocks` elements of `partial`, writes the one of `norm` and the third of the
         // SCALARS; all are this plan's own.
-        unsafe { launch.run([1, 1, 1], 0, shapes) }
+        unsafe { launch.run(finish_work.grid, 0, shapes) }
     }
 
     /// Waits for the last norm and fetches it.
@@ -244,14 +296,15 @@ impl Optimizer {
     pub fn update(&mut self, stream: &Arc<CudaStream>, buffers: Buffers<'_, '_>) -> Result<()> {
         self.check(stream, &buffers)?;
         let Buffers { parameters, gradients, slots, average, copy } = buffers;
-        let n = self.parameters;
-        let kernel = &self.kernels.update[match copy {
-            WorkingCopy::None => 0,
-            WorkingCopy::F16(_) => 1,
-            WorkingCopy::Bf16(_) => 2,
-        }];
+        let n = self.shape.parameters as u32;
+        let (kernel, dtype) = match copy {
+            WorkingCopy::None => (0, Dtype::F32),
+            WorkingCopy::F16(_) => (1, Dtype::F16),
+            WorkingCopy::Bf16(_) => (2, Dtype::Bf16),
+        };
+        let (kernel, work) = (&self.kernels.update[kernel], self.shape.update_work(average.is_some(), dtype));
         let (decay_bits, scalars) = (self.decay_bits.as_view(), self.scalars.as_view());
-        let constants = Constants::of(self.rule);
+        let constants = Constants::of(self.shape.rule);
         let mut launch = kernel.on(stream);
         launch.output(parameters).input(gradients);
         for slot in slots {
@@ -267,12 +320,12 @@ impl Optimizer {
         constants.add_to(&mut launch);
         // SAFETY: the buffers have n elements and do not overlap, `decay_bits` has a bit for each, `scalars` SCALARS.
         // Block b touches only elements below n of the TILE from b · TILE on.
-        unsafe { launch.run([n.div_ceil(TILE), 1, 1], 0, format_args!("{n} parameters")) }
+        unsafe { launch.run(work.grid, 0, format_args!("{n} parameters")) }
     }
 
     fn check(&self, stream: &Arc<CudaStream>, buffers: &Buffers<'_, '_>) -> Result<()> {
-        let n = self.parameters as usize;
-        let expected = self.rule.slots().len();
+        let n = self.shape.parameters;
+        let expected = self.shape.rule.slots().len();
         if buffers.slots.len() != expected {
             let problem = format!("the rule keeps {expected} slots, {} were given", buffers.slots.len());
             return Err(Error::Shape { operation: OPERATION, problem });
@@ -280,7 +333,7 @@ impl Optimizer {
         let mut operands = Operands::new(OPERATION, &self.device, stream)?;
         operands.write("parameters", buffers.parameters, n)?;
         operands.read("gradients", buffers.gradients, n)?;
-        for (slot, view) in self.rule.slots().iter().zip(buffers.slots.iter()) {
+        for (slot, view) in self.shape.rule.slots().iter().zip(buffers.slots.iter()) {
             operands.write(slot.name, view, n)?;
         }
         if let Some(average) = &buffers.average {
@@ -313,7 +366,7 @@ impl Optimizer {
         launch.output(average).input(values).input(&scalars).value(&n);
         // SAFETY: both buffers have n elements and do not overlap; block b touches only elements below n of the TILE
         // from b · TILE on.
-        unsafe { launch.run([n.div_ceil(TILE), 1, 1], 0, format_args!("{n} values")) }
+        unsafe { launch.run(average_work(values.len()).grid, 0, format_args!("{n} values")) }
     }
 
     /// copy ← values, rounded to nearest, ties to even: the working copy of weights that no step has made.
@@ -335,7 +388,7 @@ impl Optimizer {
         launch.input(values).output(copy).value(&n);
         // SAFETY: both buffers have n elements and do not overlap; block b touches only elements below n of the TILE
         // from b · TILE on.
-        unsafe { launch.run([n.div_ceil(TILE), 1, 1], 0, format_args!("{n} values")) }
+        unsafe { launch.run(cast_work(values.len(), T::DTYPE).grid, 0, format_args!("{n} values")) }
     }
 }
 

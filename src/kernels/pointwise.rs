@@ -11,8 +11,8 @@
 //! same on every GPU.
 
 use super::gemm::{
-    ForwardArgument, GradientArgument, Grid, InputArgument, THREADS, TargetArgument, Tile, address,
-    step_elements,
+    ForwardArgument, GradientArgument, Grid, InputArgument, THREADS, TargetArgument, Tile, WeightGrid,
+    address, step_elements,
 };
 use super::operand::{
     Arrival, GradientKind, GradientOutput, GradientView, Input, InputKind, NormFinish, Output, OutputKind,
@@ -22,8 +22,8 @@ use super::raw::{RawElement, check_shape};
 use super::work::{Cost, Work};
 use super::workspace::Workspace;
 use crate::backend::Activation;
-use crate::device::cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
-use crate::device::{Argument, Device, Entry, Family, Kernel, Operands};
+use crate::device::cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
+use crate::device::{Device, Entry, Family, Kernel, Operands};
 use crate::tensor::{Dtype, MAX_ELEMENTS, Shape};
 use crate::{Error, Result};
 use std::marker::PhantomData;
@@ -68,57 +68,10 @@ pub const FAMILY: Family = Family {
 const OPERATION: &str = "pointwise convolution";
 const CLASSIFIER: &str = "classifier";
 
-/// `WeightGrid`: how pixels and the weights' gradient are cut.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct WeightGrid {
-    steps: u32,
-    splits: u32,
-    row_tiles: u32,
-    column_tiles: u32,
-}
-
-// SAFETY: a plain struct of the layout that the kernel declares.
-unsafe impl DeviceRepr for WeightGrid {}
-
-impl Argument for WeightGrid {
-    const CODE: &'static str = "{16:4}";
-}
-
-/// Blocks that a weight gradient aims at: two rounds of two on 132 multiprocessors.
-const WEIGHT_BLOCKS: u32 = 528;
-/// Fewest steps of a split, which writes and reads a partial tile for them.
-const WEIGHT_STEPS: u32 = 8;
-/// Partial tiles that a block adds up: `radix` of the `.cu` file.
-const RADIX: u32 = 16;
 /// Classes of a block of the bias's gradient.
 const BIAS_COLUMNS: u32 = 32;
 /// Blocks that a GPU should have at least.
 const BUSY: u32 = 132;
-
-impl WeightGrid {
-    fn new(pixels: u32, outputs: u32, inputs: u32, step: u32) -> Self {
-        let (row_tiles, column_tiles) =
-            (outputs.div_ceil(Tile::WEIGHTS.rows), inputs.div_ceil(Tile::WEIGHTS.columns));
-        let all = pixels.div_ceil(step);
-        let steps = all.div_ceil((WEIGHT_BLOCKS / (row_tiles * column_tiles)).max(1)).max(WEIGHT_STEPS);
-        Self { steps, splits: all.div_ceil(steps), row_tiles, column_tiles }
-    }
-
-    const fn tiles(&self) -> u32 {
-        self.row_tiles * self.column_tiles
-    }
-
-    /// Floats of partial tiles.
-    fn partial(&self) -> usize {
-        let tile = (Tile::WEIGHTS.rows * Tile::WEIGHTS.columns) as usize;
-        if self.splits == 1 { 0 } else { (self.splits * self.tiles()) as usize * tile }
-    }
-
-    fn counters(&self) -> usize {
-        if self.splits == 1 { 0 } else { (self.tiles() * (self.splits.div_ceil(RADIX) + 1)) as usize }
-    }
-}
 
 /// The launches of one shape and element type, known without a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,7 +90,7 @@ impl PointwiseWork {
     pub fn new(x: Shape, outputs: usize, dtype: Dtype) -> Result<Self> {
         check_shape(OPERATION, x)?;
         check_shape(OPERATION, x.with_channels(outputs))?;
-        if !x.c.checked_mul(outputs).is_some_and(|weights| weights <= MAX_ELEMENTS) {
+        if x.c.checked_mul(outputs).is_none_or(|weights| weights > MAX_ELEMENTS) {
             let problem = format!("{outputs}×{} weights; at most {MAX_ELEMENTS} are possible", x.c);
             return Err(Error::Shape { operation: OPERATION, problem });
         }
@@ -276,7 +229,7 @@ impl PointwiseWork {
         let weights = 8 * (self.x.c * self.outputs) as u64;
         Work {
             kernel: self.kernel("wgrad", &Tile::WEIGHTS),
-            grid: [grid.splits * grid.tiles(), 1, 1],
+            grid: [grid.blocks(), 1, 1],
             shared: Tile::WEIGHTS.shared(2),
             cost: Cost {
                 bytes: gradient + self.tensor(self.x.c) + owed + weights + 8 * grid.partial() as u64,
@@ -414,6 +367,11 @@ impl<T: RawElement> Pointwise<T> {
         operands.write("dx", dx, x.elements())?;
         output.check(&mut operands, x)?;
         let work = self.work.dgrad(output.kind());
+        if output.kind() == GradientKind::Gated && 5 * x.n * x.c > MAX_ELEMENTS {
+            let problem =
+                format!("{x} with 5 sums for each image and channel; at most {MAX_ELEMENTS} are possible");
+            return Err(Error::Shape { operation: OPERATION, problem });
+        }
         let grid = self.work.grid(x.c);
         workspace.check(OPERATION, 2 * grid.runs as usize * x.c, grid.groups as usize)?;
 
@@ -484,7 +442,7 @@ impl<T: RawElement> Pointwise<T> {
     /// Both: [`dgrad`](Self::dgrad) and [`wgrad`](Self::wgrad).
     ///
     /// # Errors
-    /// As for [`dgrad`](Self::dgrad); a buffer that only `wgrad` uses is checked when dx has been written.
+    /// As for [`dgrad`](Self::dgrad).
     pub fn backward(
         &self,
         stream: &Arc<CudaStream>,
@@ -496,6 +454,17 @@ impl<T: RawElement> Pointwise<T> {
         output: GradientOutput<'_, '_, T>,
         workspace: &mut Workspace,
     ) -> Result<()> {
+        // All of it before the first launch; each checks its own again.
+        let (x, y_shape, weights) = self.sizes();
+        refuse_gate(&gradient)?;
+        let mut operands = Operands::new(OPERATION, &self.device, stream)?;
+        input.check(&mut operands, x)?;
+        gradient.check(&mut operands, y_shape)?;
+        operands.read("weight", weight, weights)?;
+        operands.write("dx", dx, x.elements())?;
+        operands.write("dweight", dweight, weights)?;
+        output.check(&mut operands, x)?;
+        workspace.check(OPERATION, self.workspace_floats(), self.work.weight_grid().counters())?;
         self.wgrad(stream, input, gradient, dweight, workspace)?;
         self.dgrad(stream, gradient, weight, dx, output, workspace)
     }
@@ -536,13 +505,67 @@ fn launch_wgrad(
     unsafe { launch.run(launched.grid, launched.shared, shapes) }
 }
 
+/// The launches of a classifier, known without a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClassifierWork {
+    /// With classes rounded up to a multiple of 8.
+    products: PointwiseWork,
+    classes: usize,
+}
+
+impl ClassifierWork {
+    /// For `features` \[images, features\], a multiple of 8, and any number of classes.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for no images or classes, features that are no multiple of 8, or 2³¹ elements and more.
+    pub fn new(images: usize, features: usize, classes: usize, dtype: Dtype) -> Result<Self> {
+        let pitch =
+            classes.checked_next_multiple_of(8).filter(|&pitch| pitch > 0).ok_or_else(|| Error::Shape {
+                operation: CLASSIFIER,
+                problem: format!("{classes} classes; 1 and more are possible"),
+            })?;
+        Ok(Self { products: PointwiseWork::new(Shape::new(images, 1, 1, features), pitch, dtype)?, classes })
+    }
+
+    /// The launch of [`Classifier::fprop`].
+    pub fn fprop(&self) -> Work {
+        self.products.fprop(InputKind::Plain, OutputKind::Folded { skip: false })
+    }
+
+    /// The launches of [`Classifier::backward`]: the bias, dfeatures, the weights.
+    pub fn backward(&self) -> [Work; 3] {
+        let PointwiseWork { x, outputs: pitch, dtype } = self.products;
+        let (n, c) = (x.n, self.classes);
+        let copy = if self.is_padded() { n * pitch } else { 0 };
+        let bias = Work {
+            kernel: format!("pointwise_classifier_bias_{dtype}"),
+            grid: [(pitch as u32).div_ceil(BIAS_COLUMNS), 1, 1],
+            shared: 0,
+            cost: Cost {
+                bytes: ((n * c + copy) * dtype.bytes() + 8 * c) as u64,
+                tensor_operations: 0,
+                operations: (n * c) as u64,
+            },
+        };
+        let dgrad = self.products.dgrad(GradientKind::Plain { skip: false });
+        [bias, dgrad, self.products.wgrad(InputKind::Plain)]
+    }
+
+    /// Floats of a [`Workspace`] that every operation does with.
+    pub fn workspace_floats(&self) -> usize {
+        self.products.workspace_floats()
+    }
+
+    const fn is_padded(&self) -> bool {
+        self.products.outputs != self.classes
+    }
+}
+
 /// The classifier of a number of images, features and classes: logits = features·Wᵀ + bias.
 #[derive(Debug)]
 pub struct Classifier<T> {
     device: Device,
-    /// Forward, and backward with classes rounded up to a multiple of 8.
-    work: PointwiseWork,
-    classes: usize,
+    work: ClassifierWork,
     fprop: Kernel,
     dgrad: Kernel,
     wgrad: Kernel,
@@ -555,24 +578,19 @@ impl<T: RawElement> Classifier<T> {
     /// For `features` \[images, features\], a multiple of 8, and any number of classes.
     ///
     /// # Errors
-    /// [`Error::Shape`] for no images or classes, features that are no multiple of 8, or 2³¹ elements and more; those of
-    /// [`Device::module`]; [`Error::Driver`].
+    /// Those of [`ClassifierWork::new`] and [`Device::module`]; [`Error::Driver`].
     pub fn plan(device: &Device, images: usize, features: usize, classes: usize) -> Result<Self> {
-        let pitch =
-            classes.checked_next_multiple_of(8).filter(|&pitch| pitch > 0).ok_or_else(|| Error::Shape {
-                operation: CLASSIFIER,
-                problem: format!("{classes} classes; 1 and more are possible"),
-            })?;
-        let work = PointwiseWork::new(Shape::new(images, 1, 1, features), pitch, T::DTYPE)?;
-        let padded = if pitch == classes { None } else { Some(device.zeros(images * pitch)?) };
+        let work = ClassifierWork::new(images, features, classes, T::DTYPE)?;
+        let [bias, dgrad, wgrad] = work.backward();
+        let padded =
+            if work.is_padded() { Some(device.zeros(images * work.products.outputs)?) } else { None };
         Ok(Self {
             device: device.clone(),
+            fprop: load(device, &work.fprop())?,
+            dgrad: load(device, &dgrad)?,
+            wgrad: load(device, &wgrad)?,
+            bias: load(device, &bias)?,
             work,
-            classes,
-            fprop: load(device, &work.fprop(InputKind::Plain, OutputKind::Plain))?,
-            dgrad: load(device, &work.dgrad(GradientKind::Plain { skip: false }))?,
-            wgrad: load(device, &work.wgrad(InputKind::Plain))?,
-            bias: device.module(&FAMILY)?.kernel(&format!("pointwise_classifier_bias_{}", T::SUFFIX))?,
             padded,
         })
     }
@@ -582,23 +600,9 @@ impl<T: RawElement> Classifier<T> {
         self.work.workspace_floats()
     }
 
-    /// The launches of [`fprop`](Self::fprop) and of [`backward`](Self::backward): the bias, dfeatures, the weights.
-    pub fn work(&self) -> [Work; 4] {
-        let (n, c, pitch) = (self.work.x.n, self.classes, self.work.outputs);
-        let copy = if self.padded.is_some() { n * pitch } else { 0 };
-        let bias = Work {
-            kernel: format!("pointwise_classifier_bias_{}", T::SUFFIX),
-            grid: [(pitch as u32).div_ceil(BIAS_COLUMNS), 1, 1],
-            shared: 0,
-            cost: Cost {
-                bytes: ((n * c + copy) * T::DTYPE.bytes() + 8 * c) as u64,
-                tensor_operations: 0,
-                operations: (n * c) as u64,
-            },
-        };
-        let folded = OutputKind::Folded { skip: false };
-        let dgrad = self.work.dgrad(GradientKind::Plain { skip: false });
-        [self.work.fprop(InputKind::Plain, folded), bias, dgrad, self.work.wgrad(InputKind::Plain)]
+    /// What it launches.
+    pub fn work(&self) -> &ClassifierWork {
+        &self.work
     }
 
     /// logits \[images, classes\] ← features·Wᵀ + bias, `weight` being \[classes, features\].
@@ -613,17 +617,18 @@ impl<T: RawElement> Classifier<T> {
         bias: &CudaView<'_, f32>,
         logits: &mut CudaViewMut<'_, T>,
     ) -> Result<()> {
-        let (x, classes) = (self.work.x, self.classes);
+        let ClassifierWork { products, classes } = self.work;
+        let x = products.x;
         let mut operands = Operands::new(CLASSIFIER, &self.device, stream)?;
         operands.read("features", features, x.elements())?;
         operands.read("weight", weight, classes * x.c)?;
         operands.read("bias", bias, classes)?;
         operands.write("logits", logits, x.n * classes)?;
-        let input = InputArgument::new(&Input::Plain(features), stream, self.work.rows(), x.c as u32, 1);
+        let input = InputArgument::new(&Input::Plain(features), stream, products.rows(), x.c as u32, 1);
         let (y, bias) = (address(logits, stream), address(bias, stream));
         let to = ForwardArgument { y, bias, skip: 0, silu: 0, moments: 0 };
-        let work = self.work.fprop(InputKind::Plain, OutputKind::Folded { skip: false });
-        let (grid, columns) = (self.work.grid(self.work.outputs), classes as u32);
+        let work = self.work.fprop();
+        let (grid, columns) = (products.grid(products.outputs), classes as u32);
         let norm = NormFinish::default();
         let mut launch = self.fprop.on(stream);
         launch.value(&input).input(weight).value(&to).value(&columns).value(&grid).value(&norm).null().null();
@@ -649,7 +654,8 @@ impl<T: RawElement> Classifier<T> {
         dbias: &mut CudaViewMut<'_, f32>,
         workspace: &mut Workspace,
     ) -> Result<()> {
-        let (x, classes, pitch) = (self.work.x, self.classes, self.work.outputs as u32);
+        let ClassifierWork { products, classes } = self.work;
+        let (x, pitch) = (products.x, products.outputs as u32);
         let mut operands = Operands::new(CLASSIFIER, &self.device, stream)?;
         operands.read("features", features, x.elements())?;
         operands.read("dlogits", dlogits, x.n * classes)?;
@@ -657,7 +663,7 @@ impl<T: RawElement> Classifier<T> {
         operands.write("dfeatures", dfeatures, x.elements())?;
         operands.write("dweight", dweight, classes * x.c)?;
         operands.write("dbias", dbias, classes)?;
-        workspace.check(CLASSIFIER, self.workspace_floats(), self.work.weight_grid().counters())?;
+        workspace.check(CLASSIFIER, self.workspace_floats(), products.weight_grid().counters())?;
         let shapes = format_args!("{} images, {classes} classes", x.n);
         let (images, columns, inputs) = (x.n as u32, classes as u32, x.c as u32);
         {
@@ -672,9 +678,9 @@ impl<T: RawElement> Classifier<T> {
         }
         let padded = self.padded.as_ref().map(CudaSlice::as_view);
         let dy = GradientArgument::plain(padded.as_ref().unwrap_or(dlogits), stream, images, columns, pitch);
-        let work = self.work.dgrad(GradientKind::Plain { skip: false });
+        let work = products.dgrad(GradientKind::Plain { skip: false });
         let to = TargetArgument { dx: address(dfeatures, stream), skip: 0, y: 0, norm: 0 };
-        let (grid, owed) = (self.work.grid(x.c), OwedFinish::default());
+        let (grid, owed) = (products.grid(x.c), OwedFinish::default());
         let mut launch = self.dgrad.on(stream);
         launch.value(&dy).input(weight).value(&to).value(&inputs).value(&grid).value(&owed).null().null();
         // SAFETY: all buffers have their shapes, rows of dlogits or its copy begin at multiples of 16 bytes, and dfeatures
@@ -682,6 +688,6 @@ impl<T: RawElement> Classifier<T> {
         // sums it uses no partial results.
         unsafe { launch.run(work.grid, work.shared, shapes) }?;
         let input = InputArgument::new(&Input::Plain(features), stream, images, inputs, 1);
-        launch_wgrad(&self.wgrad, &self.work, InputKind::Plain, stream, (&dy, &input), dweight, workspace)
+        launch_wgrad(&self.wgrad, &products, InputKind::Plain, stream, (&dy, &input), dweight, workspace)
     }
 }

@@ -283,7 +283,7 @@ impl<T: RawElement> StemInput<'_, '_, T> {
         }
     }
 
-    const fn from_bytes(&self) -> bool {
+    const fn is_bytes(&self) -> bool {
         matches!(self, Self::Bytes { .. })
     }
 }
@@ -343,7 +343,7 @@ impl<T: RawElement> Stem<T> {
         workspace: &mut Workspace,
     ) -> Result<()> {
         let shape = &self.shape;
-        let work = shape.fprop_work(T::DTYPE, x.from_bytes(), output.kind());
+        let work = shape.fprop_work(T::DTYPE, x.is_bytes(), output.kind());
         let mut operands = Operands::new(OPERATION, &self.device, stream)?;
         x.check(&mut operands, shape.x)?;
         operands.read("weights", weight, shape.weights())?;
@@ -408,7 +408,7 @@ impl<T: RawElement> Stem<T> {
         workspace: &mut Workspace,
     ) -> Result<()> {
         let shape = &self.shape;
-        let work = shape.wgrad_work(T::DTYPE, x.from_bytes());
+        let work = shape.wgrad_work(T::DTYPE, x.is_bytes());
         let mut operands = Operands::new(OPERATION, &self.device, stream)?;
         x.check(&mut operands, shape.x)?;
         check_gradient(&gradient, &mut operands, shape.y)?;

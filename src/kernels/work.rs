@@ -3,6 +3,7 @@
 //! Every wrapper derives its grids from such a record, and `plan` lists them without a device: what is listed is what
 //! would be launched.
 
+use crate::device::Launched;
 use std::iter::Sum;
 use std::ops::Add;
 
@@ -17,6 +18,13 @@ pub struct Work {
     pub shared: u32,
     /// The least it moves to and from memory, and what it computes.
     pub cost: Cost,
+}
+
+impl Work {
+    /// Whether `launched` is this launch.
+    pub fn is(&self, launched: &Launched) -> bool {
+        self.kernel == launched.kernel && self.grid == launched.grid && self.shared == launched.shared
+    }
 }
 
 /// What a launch must move and compute at least.

@@ -80,6 +80,21 @@ impl FusedMbConv {
         Ok((out, Tape { expanded, projected }))
     }
 
+    /// The block's output in inference.
+    pub(super) fn infer<B: Backend>(
+        &self,
+        backend: &mut B,
+        x: &B::Activation,
+        vars: &mut Variables<B>,
+    ) -> Result<B::Activation> {
+        let (act, skip) = (self.last_activation(), self.skip.then_some(x));
+        let Some(expand) = &self.expand else {
+            return backend.infer(&self.project, Load::Plain(x), act, skip, vars);
+        };
+        let expanded = backend.infer(expand, Load::Plain(x), Activation::Silu, None, vars)?;
+        backend.infer(&self.project, Load::Plain(&expanded), act, skip, vars)
+    }
+
     /// The gradient of the block's input `x`, given that of its output.
     pub(super) fn backward<B: Backend>(
         &self,

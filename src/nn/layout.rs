@@ -191,7 +191,6 @@ impl Layout {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::model::Architecture;
     use crate::nn::Network;
 

@@ -92,6 +92,27 @@ impl MbConv {
         Ok((out, Tape { expanded, filtered, gate, projected }))
     }
 
+    /// The block's output in inference. The filtered tensor stays raw: whether there is a gate to wait for or not, the
+    /// projection normalises it on load.
+    pub(super) fn infer<B: Backend>(
+        &self,
+        backend: &mut B,
+        x: &B::Activation,
+        vars: &mut Variables<B>,
+    ) -> Result<B::Activation> {
+        let expanded = self
+            .expand
+            .as_ref()
+            .map(|expand| backend.infer(expand, Load::Plain(x), Activation::Silu, None, vars))
+            .transpose()?;
+        let source = Load::Plain(expanded.as_ref().unwrap_or(x));
+        let filtered = backend.conv_norm(&self.depthwise, source, vars, Mode::Eval)?;
+        drop(expanded);
+        let gate = self.squeeze.as_ref().map(|se| backend.squeeze_excite(se, &filtered, vars)).transpose()?;
+        let gated = gate.as_ref().map_or(Load::Silu(&filtered), |gate| Load::Gated(&filtered, gate));
+        backend.infer(&self.project, gated, Activation::Identity, self.skip.then_some(x), vars)
+    }
+
     /// The gradient of the block's input `x`, given that of its output.
     pub(super) fn backward<B: Backend>(
         &self,

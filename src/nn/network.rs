@@ -124,6 +124,29 @@ impl Network {
         Ok(Pass { head, features, stem, tapes, inputs })
     }
 
+    /// Logits of the images `x` in inference: those of [`forward`](Self::forward) in [`Mode::Eval`], but for rounding where
+    /// the backend folds normalisations into weights.
+    ///
+    /// # Errors
+    /// What the backend says of shapes and memory.
+    pub fn infer<B: Backend>(
+        &self,
+        backend: &mut B,
+        x: B::Activation,
+        vars: &mut Variables<B>,
+    ) -> Result<B::Head> {
+        let mut current = backend.infer(&self.stem, Load::Plain(&x), Activation::Silu, None, vars)?;
+        drop(x);
+        for block in &self.blocks {
+            current = match block {
+                Block::Fused(block) => block.infer(backend, &current, vars)?,
+                Block::Mb(block) => block.infer(backend, &current, vars)?,
+            };
+        }
+        let features = backend.conv_norm(&self.head, Load::Plain(&current), vars, Mode::Eval)?;
+        backend.head(&self.classifier, &features, 0.0, vars)
+    }
+
     /// Adds the gradient of every parameter to `vars.grads`.
     ///
     /// # Errors
@@ -201,9 +224,9 @@ impl Network {
         let (params, stats) = (backend.zeros(params)?, backend.zeros(stats)?);
         let mut vars = Variables { params, grads: backend.zeros(0)?, stats };
         let x = backend.load(&[], side, &Normalisation::HALF, &MixPlan::none(images))?;
-        let mut pass = self.forward(backend, x, &mut vars, Mode::Eval, 0.0)?;
+        let mut head = self.infer(backend, x, &mut vars)?;
         backend.set_targets(&vec![0.0; images * self.spec.classes])?;
-        backend.loss_gradient(&mut pass.head)
+        backend.loss_gradient(&mut head)
     }
 
     /// Back through head, blocks and the stem's activation.

@@ -145,7 +145,11 @@ impl Checkpoint {
             );
             return Err(wrong(problem));
         }
-        let description = serde_json::from_str(text).map_err(broken)?;
+        let description: Description = serde_json::from_str(text).map_err(broken)?;
+        description
+            .config
+            .validate()
+            .map_err(|e| wrong(format!("its configuration cannot work ({e}); use an intact copy")))?;
         Ok(Self { file, description })
     }
 

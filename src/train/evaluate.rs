@@ -1,7 +1,7 @@
 //! Evaluation of a set of weights on a dataset.
 
 use crate::Result;
-use crate::backend::{Backend, Mode, Normalisation, Variables};
+use crate::backend::{Backend, Normalisation, Variables};
 use crate::data::Loader;
 use crate::nn::Network;
 use crate::report::confusion::ConfusionMatrix;
@@ -63,10 +63,10 @@ pub fn evaluate<B: Backend>(
     for batch in loader.epoch(0, 0) {
         let batch = batch?;
         let x = backend.load(&batch.images, batch.size, normalisation, &batch.mix)?;
-        let mut pass = network.forward(backend, x, vars, Mode::Eval, 0.0)?;
+        let mut head = network.infer(backend, x, vars)?;
         let targets = batch.mix.soft_targets(&batch.labels, classes, 0.0)?;
-        loss += backend.cross_entropy(&mut pass.head, &targets)? * batch.len() as f64;
-        for (logits, &label) in backend.logits(&pass.head)?.chunks(classes).zip(&batch.labels) {
+        loss += backend.cross_entropy(&mut head, &targets)? * batch.len() as f64;
+        for (logits, &label) in backend.logits(&head)?.chunks(classes).zip(&batch.labels) {
             let ranking = ranking(logits);
             confusion.record(label as usize, ranking[0])?;
             top5 += u64::from(ranking.iter().take(5).any(|&class| class == label as usize));

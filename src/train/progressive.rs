@@ -74,7 +74,7 @@ pub struct Progressive {
     pub interpolation: Interpolation,
     /// Image sizes in pixels, at least 32, not shrinking.
     pub image_size: [usize; 2],
-    /// Round image sizes to the nearest multiple of this; `None` takes them as they come.
+    /// Round the sizes between the first and the last to the nearest multiple of this; `None` takes them as they come.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub multiple_of: Option<usize>,
     /// Dropout before the classifier, in [0, 1).
@@ -106,8 +106,8 @@ impl Progressive {
         if largest < smallest {
             return Err(usage(
                 "image_size",
-                largest,
-                format!("must not be below the first size, {smallest}"),
+                smallest,
+                format!("the first size must not be above that of the last stage, {largest}"),
             ));
         }
         check_side("progressive.image_size", largest)?;
@@ -171,8 +171,10 @@ impl Progressive {
             Interpolation::Automl => first + rise * (index + 1) / self.stages,
         };
         match self.multiple_of {
-            None => size,
-            Some(multiple) => multiple * nearest(size, multiple).max(SMALLEST_IMAGE.div_ceil(multiple)),
+            Some(multiple) if size != first && size != last => {
+                (multiple * nearest(size, multiple)).clamp(first, last)
+            }
+            _ => size,
         }
     }
 
@@ -329,18 +331,18 @@ mod tests {
     }
 
     #[test]
-    fn sizes_round_to_a_multiple_but_never_below_32() {
+    fn sizes_between_the_ends_round_to_a_multiple() {
         let rounded = |multiple, image_size| {
             sizes(&Progressive {
                 multiple_of: Some(multiple),
                 ..progression(Interpolation::Automl, image_size)
             })
         };
-        assert_eq!(rounded(32, [128, 300]), [160, 224, 256, 288]);
-        assert_eq!(rounded(8, [128, 300]), [168, 216, 256, 304]);
+        assert_eq!(rounded(32, [128, 300]), [160, 224, 256, 300]);
+        assert_eq!(rounded(8, [128, 300]), [168, 216, 256, 300]);
         assert_eq!(rounded(1, [128, 300]), [171, 214, 257, 300]);
-        assert_eq!(rounded(31, [32, 32]), [62; 4]);
-        assert_eq!(rounded(100, [32, 64]), [100; 4]);
+        assert_eq!(rounded(31, [32, 32]), [32; 4]);
+        assert_eq!(rounded(100, [32, 64]), [32, 32, 64, 64], "never beyond the ends");
     }
 
     #[test]
@@ -359,7 +361,7 @@ mod tests {
             (Progressive { stages: 0, ..good }, "progressive.stages = 0"),
             (Progressive { stages: 11, ..good }, "progressive.stages = 11"),
             (Progressive { image_size: [31, 300], ..good }, "progressive.image_size = 31"),
-            (Progressive { image_size: [128, 127], ..good }, "progressive.image_size = 127"),
+            (Progressive { image_size: [128, 127], ..good }, "progressive.image_size = 128"),
             (Progressive { multiple_of: Some(0), ..good }, "progressive.multiple_of = 0"),
             (Progressive { dropout: [0.1, 1.0], ..good }, "progressive.dropout = 1"),
             (Progressive { randaugment: [-1.0, 1.0], ..good }, "progressive.randaugment = -1"),

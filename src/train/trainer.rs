@@ -124,7 +124,7 @@ impl<B: Backend> Trainer<B> {
     pub fn check(&mut self, splits: &Splits) -> Result<()> {
         self.plan(splits)?;
         let images = self.config().images_a_pass();
-        let Err(mut error) = self.prepare(images) else { return Ok(()) };
+        let Err(mut error) = self.prepare(splits) else { return Ok(()) };
         if let Error::OutOfMemory { what, remedy, .. } = &mut error {
             let config = self.config();
             *what = format!("training {} with {images} images a pass", config.model);
@@ -139,10 +139,12 @@ impl<B: Backend> Trainer<B> {
         Err(error)
     }
 
-    /// Makes room for passes of `images` images in every stage, and for evaluations.
-    fn prepare(&mut self, images: usize) -> Result<()> {
+    /// Makes room for the passes of every stage, and for evaluations.
+    fn prepare(&mut self, splits: &Splits) -> Result<()> {
         let passes = Passes::new(&self.description.config, &self.network)?;
-        self.backend.prepare(|backend| passes.rehearse(backend, images))
+        let images = self.description.config.images_a_pass();
+        let (train, validation) = (images.min(splits.train.len()), images.min(splits.validation.len()));
+        self.backend.prepare(|backend| passes.rehearse(backend, train, validation))
     }
 
     /// The largest number of images a pass for which there is memory in every stage; none if not even one fits, or
@@ -283,7 +285,7 @@ impl<B: Backend> Trainer<B> {
                     self.save(folder)?;
                     return Err(error);
                 }
-                Err(StepError::Other(error)) => return Err(error),
+                Err(StepError::Other(error)) => return Err(with_checkpoint(error, folder)),
             };
             images = ahead.taken;
             metrics.write(&Record::Step(record))?;
@@ -473,14 +475,14 @@ impl<'a> Passes<'a> {
         Ok(Self { config, network, stages })
     }
 
-    /// Goes through all of them with `images` images each.
-    fn rehearse<B: Backend>(&self, backend: &mut B, images: usize) -> Result<()> {
+    /// Goes through all of them, with `images` images in training and `evaluated` in evaluation.
+    fn rehearse<B: Backend>(&self, backend: &mut B, images: usize, evaluated: usize) -> Result<()> {
         for stage in &self.stages {
             let (side, dropout) = (stage.image_size, stage.regularisation.dropout);
             let kind = PassKind { images, side, dropout, first: true, last: true };
             self.network.rehearse_training(backend, kind, self.config.optimizer)?;
         }
-        self.network.rehearse_evaluation(backend, images, self.config.eval_size)
+        self.network.rehearse_evaluation(backend, evaluated, self.config.eval_size)
     }
 }
 
@@ -497,7 +499,7 @@ pub fn largest_batch<B: Backend>(
 ) -> Result<Option<usize>> {
     let passes = Passes::new(config, network)?;
     let fits = |images: usize| {
-        let memory = backend.memory(|backend| passes.rehearse(backend, images));
+        let memory = backend.memory(|backend| passes.rehearse(backend, images, images));
         match memory {
             Ok(memory) => Ok(memory.map(|Memory { needed, buffers, available }| {
                 needed + if has_state { 0 } else { buffers } <= available
@@ -522,14 +524,27 @@ pub fn largest_batch<B: Backend>(
     Ok((low > 0).then_some(low))
 }
 
-/// Training ends at this step because of `what`.
-fn diverged(position: &Position, what: &str, folder: &RunFolder) -> Error {
+/// What is left of a run that ends.
+fn kept(folder: &RunFolder) -> String {
     let checkpoint = folder.file(CHECKPOINT);
-    let kept = if checkpoint.exists() {
+    if checkpoint.exists() {
         format!("the last good checkpoint is {}", checkpoint.display())
     } else {
         "there was no checkpoint yet".to_owned()
-    };
+    }
+}
+
+/// Says of a device that failed what is left.
+fn with_checkpoint(error: Error, folder: &RunFolder) -> Error {
+    match error {
+        Error::Driver { .. } => Error::Training(format!("{error}; {}", kept(folder))),
+        error => error,
+    }
+}
+
+/// Training ends at this step because of `what`.
+fn diverged(position: &Position, what: &str, folder: &RunFolder) -> Error {
+    let kept = kept(folder);
     Error::Training(format!(
         "step {} in epoch {} has {what}; {kept}. Lower the learning rate, warm up longer or set max_gradient_norm",
         position.step,

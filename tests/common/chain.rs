@@ -113,7 +113,7 @@ impl Chain {
             .map(|p| backend.conv_norm(p, Load::Plain(&x), &mut vars, mode))
             .transpose()?;
         let gate = match (&self.squeeze, &produced) {
-            (Some(squeeze), Some(produced)) => Some(backend.squeeze_excite(squeeze, produced, &vars)?),
+            (Some(squeeze), Some(produced)) => Some(backend.squeeze_excite(squeeze, produced, &mut vars)?),
             _ => None,
         };
         let load = match (&produced, &gate) {

@@ -100,6 +100,14 @@ impl Whole {
         backend.logits(&pass.head)
     }
 
+    /// Logits of inference.
+    pub fn infer<F: Real>(&self, values: &[F], vars: &mut Variables<Reference<F>>) -> Result<Vec<F>> {
+        let mut backend = Reference::new();
+        let x = tensor(self.shape, values[self.images.clone()].to_vec());
+        let head = self.network.infer(&mut backend, x, vars)?;
+        backend.logits(&head)
+    }
+
     /// Forward in training, and the loss.
     fn forward<F: Real>(
         &self,

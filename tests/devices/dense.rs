@@ -212,7 +212,11 @@ impl Norm {
             device_beta: upload(&beta),
             device_running: running.each_ref().map(|values| upload(values)),
             device_norm: unwritten(device, 4 * channels),
-            variance: if seed % 2 == 0 { VarianceEstimator::Biased } else { VarianceEstimator::Unbiased },
+            variance: if seed.is_multiple_of(2) {
+                VarianceEstimator::Biased
+            } else {
+                VarianceEstimator::Unbiased
+            },
             gamma,
             beta,
             running,

@@ -7,6 +7,7 @@
 
 use effnetv2::Error;
 use effnetv2::device::Device;
+use proptest::prelude::ProptestConfig;
 use std::env;
 use std::fs::{self, File};
 use std::io::{Write, stderr};
@@ -84,6 +85,16 @@ pub(crate) fn again_on_a_gpu(this_test: &str) {
     match err.lines().find_map(|line| line.strip_prefix("not run: ")) {
         Some(reason) => not_run(&format!("{} on a GPU: {reason}", env!("CARGO_CRATE_NAME"))),
         None => say(&format!("{}: all tests passed on a GPU, too", env!("CARGO_CRATE_NAME"))),
+    }
+}
+
+/// How many random cases a property is tried on: `PROPTEST_CASES`, or `cases` where it is not set.
+#[allow(dead_code, reason = "not every test program has properties")]
+pub(crate) fn cases(cases: u32) -> ProptestConfig {
+    let default = ProptestConfig::default();
+    match env::var_os("PROPTEST_CASES") {
+        Some(_) => default,
+        None => ProptestConfig { cases, ..default },
     }
 }
 

@@ -1,4 +1,5 @@
 //! What the tests of the program share: runs small enough for a test, and the program itself.
+#![allow(dead_code, reason = "each test program uses a part")]
 
 use effnetv2::data::digits;
 use effnetv2::model::initial_values;
@@ -7,6 +8,8 @@ use effnetv2::reference::Reference;
 use effnetv2::train::TrainConfig;
 use effnetv2::train::checkpoint::{self, Description, FORMAT_VERSION, Position, State};
 use effnetv2::train::run::{CHECKPOINT, RunFolder};
+use image::{Rgb, RgbImage};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -72,6 +75,26 @@ pub(crate) fn untrained(path: &Path, change: impl FnOnce(&mut Description)) -> P
         .expect("a checkpoint");
     file
 }
+
+/// Two classes, `blue` and `red`, of four training images and one for validation.
+pub(crate) fn images(root: &Path) {
+    for (class, color) in [("blue", [10, 10, 250]), ("red", [250, 10, 10])] {
+        for place in ["train", "val"].map(|part| root.join(part).join(class)) {
+            fs::create_dir_all(&place).unwrap();
+            let count = if place.starts_with(root.join("train")) { 4 } else { 1 };
+            for number in 0..count {
+                let file = place.join(format!("{number}.png"));
+                RgbImage::from_pixel(40, 36, Rgb(color)).save(file).unwrap();
+            }
+        }
+    }
+}
+
+/// A run of four steps on them.
+pub(crate) const ON_IMAGES: [&str; 13] = [
+    "train", "--model", "nano", "--data", "data", "--size", "32", "--batch", "4", "--epochs", "2", "--out",
+    "run",
+];
 
 /// Waits until `holds`, at most a minute.
 pub(crate) fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {

@@ -51,27 +51,3 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 #endif
-
-/// Loads `count` floats, 2 or 4, from shared memory where it is written, every time: the assembler would keep in registers
-/// what a loop reads again and again, and spill.
-template <unsigned count>
-__device__ __forceinline__ void reload_shared(const float* from, float (&x)[count] EFFNETV2_AT_PARAMETER) {
-    static_assert(count == 2 || count == 4, "2 or 4 floats");
-#ifdef __CUDACC__
-    const uint32_t address = shared_address(from);
-    if constexpr (count == 4)
-        asm volatile("ld.volatile.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                     : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
-                     : "r"(address));
-    else
-        asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x[0]), "=f"(x[1]) : "r"(address));
-#else
-    if constexpr (count == 4) {
-        const float4 four = ::host::load(reinterpret_cast<const float4*>(from), at);
-        x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
-    } else {
-        const float2 two = ::host::load(reinterpret_cast<const float2*>(from), at);
-        x[0] = two.x, x[1] = two.y;
-    }
-#endif
-}

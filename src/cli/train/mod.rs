@@ -174,7 +174,7 @@ fn finish<B: Backend<Element = f32>>(
     let outcome = trainer.run(splits, &folder, &mut terminal);
     drop(terminal);
     report_problems(splits);
-    let scores = outcome?;
+    let scores = outcome.map_err(|error| how_to_go_on(error, &folder))?;
     say!(
         "held-out accuracy {} (top-5 {}), loss {:.4}, after {}",
         percent(scores.top1),
@@ -184,6 +184,19 @@ fn finish<B: Backend<Element = f32>>(
     )?;
     say!("in {}: {CONFIG}, {METRICS}, {CURVES}, {CHECKPOINT}", folder.path().display())?;
     Ok(folder)
+}
+
+/// An error of data or disk that ended a run, with the way on from its last checkpoint.
+fn how_to_go_on(error: Error, folder: &RunFolder) -> Error {
+    match error {
+        Error::Io { .. } | Error::File { .. } if folder.file(CHECKPOINT).exists() => {
+            let path = folder.path().display();
+            Error::Training(format!(
+                "{error}; the last checkpoint is good: mend this and go on with `effnetv2 train --resume {path}`"
+            ))
+        }
+        other => other,
+    }
 }
 
 /// Names images that could not be used.

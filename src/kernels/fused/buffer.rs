@@ -7,31 +7,67 @@ use crate::kernels::input::InputElement;
 use crate::kernels::optimizer::{CopyElement, Optimizer, WorkingCopy};
 use crate::{Error, Result};
 use half::{bf16, f16};
+use std::collections::HashMap;
 use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A flat buffer in f32. One that convolutions read has a copy in their element type as well, made when it is first read,
-/// kept by the optimizer and made anew after other changes.
+/// kept by the optimizer and made anew after other changes; one that inference reads has its kernels folded, likewise.
 #[derive(Debug)]
 pub struct Buffer<T> {
     /// None where there are no values.
     pub(super) values: Option<CudaSlice<f32>>,
+    /// Another one after every change.
+    version: Version,
     copy: Option<CudaSlice<T>>,
-    stale: bool,
+    /// That of the values in the copy.
+    copied: Option<Version>,
+    folded: Folds<T>,
+}
+
+/// Tells apart the states of all buffers of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Version(u64);
+
+impl Version {
+    fn next() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// Convolutions with their batch norms in them.
+#[derive(Debug)]
+struct Folds<T> {
+    /// By where their weights begin.
+    layers: HashMap<usize, Fold<T>>,
+    /// Of the parameters and statistics that they were made of.
+    versions: Option<[Version; 2]>,
+}
+
+/// The weights of a convolution times the scale of its batch norm, and its norm, \[4, c\]; the shift is the bias.
+#[derive(Debug)]
+pub(super) struct Fold<T> {
+    pub(super) weights: CudaSlice<T>,
+    pub(super) norm: CudaSlice<f32>,
 }
 
 impl<T: FusedElement> Buffer<T> {
+    fn new(values: Option<CudaSlice<f32>>) -> Self {
+        let folded = Folds { layers: HashMap::new(), versions: None };
+        Self { values, version: Version::next(), copy: None, copied: None, folded }
+    }
+
     /// Holding `values`.
     pub(super) fn upload(device: &Device, values: &[f32]) -> Result<Self> {
-        let values = if values.is_empty() { None } else { Some(device.upload(values)?) };
-        Ok(Self { values, copy: None, stale: true })
+        Ok(Self::new(if values.is_empty() { None } else { Some(device.upload(values)?) }))
     }
 
     /// Holding zeros.
     pub(super) fn zeros(device: &Device, length: usize) -> Result<Self> {
-        let values = if length == 0 { None } else { Some(device.zeros(length)?) };
-        Ok(Self { values, copy: None, stale: true })
+        Ok(Self::new(if length == 0 { None } else { Some(device.zeros(length)?) }))
     }
 
     /// How many values it has.
@@ -68,19 +104,26 @@ impl<T: FusedElement> Buffer<T> {
         self.part(&(0..self.len().max(1)))
     }
 
-    /// All values, to be written. The copy is out of date then.
+    /// All values, to be written. What was made of them is out of date then.
     pub(super) fn all_mut(&mut self) -> Result<CudaViewMut<'_, f32>> {
-        self.stale = true;
+        self.touch();
         self.values.as_mut().map(CudaSlice::as_view_mut).ok_or_else(|| outside(&(0..1), 0))
     }
 
     /// The values have been changed without the copy.
     pub(super) fn touch(&mut self) {
-        self.stale = true;
+        self.version = Version::next();
+    }
+
+    /// The values have been changed and the copy with them.
+    pub(super) fn touch_with_copy(&mut self) {
+        self.touch();
+        self.copied = self.copy.as_ref().map(|_| self.version);
     }
 
     /// The values to be written, and the copy to go with them.
     pub(super) fn masters_and_copy(&mut self) -> Result<(CudaViewMut<'_, f32>, Option<CudaViewMut<'_, T>>)> {
+        self.touch_with_copy();
         let length = self.len();
         let Self { values, copy, .. } = self;
         let values = values.as_mut().ok_or_else(|| outside(&(0..1), length))?;
@@ -89,14 +132,33 @@ impl<T: FusedElement> Buffer<T> {
 
     /// Whether there should be a copy and it is missing or out of date.
     pub(super) fn is_stale(&self) -> bool {
-        T::HAS_COPY && self.stale && self.values.is_some()
+        T::HAS_COPY && self.values.is_some() && self.copied != Some(self.version)
     }
 
     /// Brings the copy up to date.
     pub(super) fn refresh(&mut self, device: &Device, caster: &Optimizer) -> Result<()> {
         T::refresh(self, device, caster)?;
-        self.stale = false;
+        self.copied = Some(self.version);
         Ok(())
+    }
+
+    /// The convolution whose weights begin at `start`, folded; `make` makes it of the parameters, unless it has been made
+    /// of these and of the statistics `stats`.
+    pub(super) fn folded(
+        &mut self,
+        start: usize,
+        stats: &Self,
+        make: impl FnOnce(&Self) -> Result<Fold<T>>,
+    ) -> Result<&Fold<T>> {
+        let versions = Some([self.version, stats.version]);
+        if self.folded.versions != versions {
+            self.folded = Folds { layers: HashMap::new(), versions };
+        }
+        if !self.folded.layers.contains_key(&start) {
+            let fold = make(self)?;
+            self.folded.layers.insert(start, fold);
+        }
+        self.folded.layers.get(&start).ok_or_else(|| outside(&(start..start), 0))
     }
 }
 
@@ -152,7 +214,7 @@ impl FusedElement for f32 {
 
 /// The values at `range` of the copy.
 fn copied<'a, T: FusedElement>(buffer: &'a Buffer<T>, range: &Range<usize>) -> Result<CudaView<'a, T>> {
-    let copy = buffer.copy.as_ref().filter(|_| !buffer.stale).ok_or_else(|| Error::Shape {
+    let copy = buffer.copy.as_ref().filter(|_| !buffer.is_stale()).ok_or_else(|| Error::Shape {
         operation: "flat buffer",
         problem: "its working copy is out of date".into(),
     })?;

@@ -59,13 +59,19 @@ impl<T> Default for Feeds<T> {
 }
 
 impl<T: FusedElement> Feeds<T> {
-    /// Sets the blocks whose branches are dropped. Whether that changes anything.
-    pub(super) fn set_drops(&mut self, drops: Vec<DropPath>) -> bool {
-        if self.drops == drops {
-            return false;
+    /// Adds to the blocks whose branches are dropped. Whether that changes anything.
+    pub(super) fn add_drops(&mut self, drops: &[DropPath]) -> bool {
+        let known = self.drops.len();
+        for drop in drops {
+            if !self.drops.contains(drop) {
+                self.drops.push(*drop);
+            }
         }
-        (self.drops, self.steps) = (drops, Cache::default());
-        true
+        let changed = self.drops.len() > known;
+        if changed {
+            self.steps = Cache::default();
+        }
+        changed
     }
 
     pub(super) fn send(&mut self, device: &Device, images: &[u8], side: usize) -> Result<()> {

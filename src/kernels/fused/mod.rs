@@ -19,7 +19,7 @@ use super::batch_norm::{Merge, MergeGradient};
 use super::head::Dropout;
 use super::operand::{Arrival, Debt, GradientOutput, GradientView, Input, Output, Statistics};
 use super::optimizer::{Buffers, Optimizer};
-use super::squeeze_excite::{self, Gradients, Weights};
+use super::squeeze_excite::{self, BackwardInput, Gradients, StateMut, Weights};
 use crate::backend::{
     self, Backend, Classifier, ConvNorm, DropPath, Gradient, Load, Memory, Mode, Normalisation, PassKind,
     Raw, SqueezeExcite, State, StepKey, Variables,
@@ -28,8 +28,9 @@ use crate::data::MixPlan;
 use crate::device::cudarc::driver::{CudaView, CudaViewMut};
 use crate::device::{self, Arena, Block, Device, Graph};
 use crate::optimizer::{Rule, Scalars};
-use crate::tensor::{Dtype, Shape};
+use crate::tensor::{ConvKind, Dtype, Shape};
 use crate::{Error, Result};
+use buffer::Fold;
 use feed::Feeds;
 use plans::{HeadKey, Plans, Scratch};
 use recorder::{Known, Recorder};
@@ -311,7 +312,7 @@ impl<T: FusedElement> Backend for Accelerated<T> {
 
     fn prepare(&mut self, mut rehearse: impl FnMut(&mut Planner) -> Result<()>) -> Result<()> {
         let planner = Self::rehearsed(&mut rehearse)?;
-        let mut changed = self.feeds.set_drops(planner.drops().to_vec());
+        let mut changed = self.feeds.add_drops(planner.drops());
         let footprint = planner.footprint();
         if footprint.arena > self.arena.capacity() {
             if self.arena.used() > 0 {
@@ -424,8 +425,11 @@ impl<T: FusedElement> Backend for Accelerated<T> {
                 graph.launch()?;
                 self.head = head;
                 self.feeds.pass_done();
+                state.vars.stats.touch();
                 if kind.last {
+                    state.vars.params.touch_with_copy();
                     state.average.params.touch();
+                    state.average.stats.touch();
                 }
             }
         }
@@ -511,11 +515,12 @@ impl<T: FusedElement> Backend for Accelerated<T> {
         let (n, c) = (shape.n, shape.c);
         let (mut pooled, mut hidden) = (self.arena.push(n * c)?, self.arena.push(n * layer.reduced)?);
         let mut gate = self.arena.push(n * c)?;
-        let plan = self.plans.squeeze(&self.device, shape, layer.reduced)?;
-        let (stream, norm) = (self.device.compute(), x.norm.0.view());
+        let Self { device, scratch, plans, .. } = self;
+        let plan = plans.squeeze(device, shape, layer.reduced)?;
+        let workspace = scratch.with(device, plan.workspace_floats())?;
+        let norm = x.norm.0.view();
         let (y, [scale, shift, mean, rstd]) = (x.y.block.view(), vectors(&norm, c));
         let raw = RawView { y: &y, scale: &scale, shift: &shift, mean: &mean, rstd: &rstd };
-        plan.pool(stream, raw, &mut pooled.view_mut())?;
         let params = &vars.params;
         let (reduce, expand) = (params.working(&layer.reduce_weight)?, params.working(&layer.expand_weight)?);
         let (reduce_bias, expand_bias) = (params.part(&layer.reduce_bias)?, params.part(&layer.expand_bias)?);
@@ -525,7 +530,12 @@ impl<T: FusedElement> Backend for Accelerated<T> {
             expand: &expand,
             expand_bias: &expand_bias,
         };
-        plan.gate(stream, &pooled.view(), weights, &mut hidden.view_mut(), &mut gate.view_mut())?;
+        let made = StateMut {
+            pooled: &mut pooled.view_mut(),
+            hidden: &mut hidden.view_mut(),
+            gate: &mut gate.view_mut(),
+        };
+        plan.forward(device.compute(), raw, weights, made, workspace)?;
         Ok(Gate { pooled, hidden, gate: Arc::new(gate) })
     }
 
@@ -547,6 +557,60 @@ impl<T: FusedElement> Backend for Accelerated<T> {
         let plan = self.plans.norm(&self.device, shape)?;
         plan.merge(self.device.compute(), merge, &mut out.block.view_mut())?;
         Ok(out)
+    }
+
+    fn infer(
+        &mut self,
+        layer: &ConvNorm,
+        x: Load<'_, Self>,
+        act: backend::Activation,
+        skip: Option<&Activation<T>>,
+        vars: &mut Variables<Self>,
+    ) -> Result<Activation<T>> {
+        if layer.conv.kind == ConvKind::Depthwise {
+            let raw = self.conv_norm(layer, x, vars, Mode::Eval)?;
+            return self.merge(&raw, act, skip, None);
+        }
+        let shape = match x {
+            Load::Plain(x) => x.shape,
+            Load::Silu(raw) | Load::Gated(raw, _) => raw.y.shape,
+        };
+        let out = layer.conv.output(shape)?;
+        if let Some(skip) = skip {
+            check_shapes("skip connection", skip.shape, out)?;
+        }
+        let mut y = self.activation(out)?;
+        let Self { device, scratch, plans, .. } = self;
+        let Variables { params, stats, .. } = vars;
+        let fold = params.folded(layer.weight.start, stats, |params| {
+            let stream = device.compute();
+            let (mut weights, mut norm) = (device.zeros(layer.weight.len())?, device.zeros(4 * out.c)?);
+            let plan = plans.evaluation(device, layer, params.len(), stats.len())?;
+            plan.evaluate(stream, &params.all()?, &stats.all()?, &mut norm.as_view_mut())?;
+            let masters = params.part(&layer.weight)?;
+            let plan = plans.fold(device, layer.weight.len(), out.c)?;
+            plan.fold(stream, &masters, &norm.slice(..out.c), &mut weights.as_view_mut())?;
+            Ok(Fold { weights, norm })
+        })?;
+        let (weight, bias) = (fold.weights.as_view(), fold.norm.slice(out.c..2 * out.c));
+        let skip = skip.map(|skip| skip.block.view());
+        let output = Output::Folded { bias: &bias, act, skip: skip.as_ref() };
+        let (run, conv, mut y_view) = ((&*device, scratch), (&layer.conv, shape), y.block.view_mut());
+        match x {
+            Load::Plain(x) => {
+                plans.fprop(run, conv, Input::Plain(&x.block.view()), &weight, &mut y_view, output)?;
+            }
+            Load::Silu(raw) => {
+                let (x, norm) = (raw.y.block.view(), raw.norm.0.view());
+                plans.fprop(run, conv, Input::Silu { y: &x, norm: &norm }, &weight, &mut y_view, output)?;
+            }
+            Load::Gated(raw, gate) => {
+                let (x, norm, gate) = (raw.y.block.view(), raw.norm.0.view(), gate.gate.view());
+                let input = Input::Gated { y: &x, norm: &norm, gate: &gate };
+                plans.fprop(run, conv, input, &weight, &mut y_view, output)?;
+            }
+        }
+        Ok(y)
     }
 
     fn head(
@@ -777,7 +841,7 @@ impl<T: FusedElement> Backend for Accelerated<T> {
         check_shapes("squeeze-excitation backward", shape, shape.with_channels(squeeze.channels))?;
         let (mut dx, mut owed) = (self.activation(shape)?, self.arena.push(3 * c)?);
         let mut dpool = self.arena.push(n * c)?;
-        let (mut sums, mut moments) = (self.arena.push(5 * n * c)?, self.arena.push(2 * c)?);
+        let mut sums = self.arena.push(5 * n * c)?;
         let Variables { params, grads, .. } = vars;
         let mut grads = grads.all_mut()?;
         let (y, norm, factors) = (raw.y.block.view(), raw.norm.0.view(), gate.gate.view());
@@ -789,48 +853,40 @@ impl<T: FusedElement> Backend for Accelerated<T> {
             let output = GradientOutput::Gated { y: &y, norm: &norm, sums: &mut sums };
             self.backward(layer, input, shape, &grad, output, &weight, &mut dweight, &mut dx)?;
         }
-        let Self { device, plans, .. } = self;
-        let stream = device.compute();
-        {
-            let (reduce, expand) =
-                (params.working(&squeeze.reduce_weight)?, params.working(&squeeze.expand_weight)?);
-            let (reduce_bias, expand_bias) =
-                (params.part(&squeeze.reduce_bias)?, params.part(&squeeze.expand_bias)?);
-            let weights = Weights {
-                reduce: &reduce,
-                reduce_bias: &reduce_bias,
-                expand: &expand,
-                expand_bias: &expand_bias,
-            };
-            parts!(
-                grads;
-                dreduce: &squeeze.reduce_weight,
-                dreduce_bias: &squeeze.reduce_bias,
-                dexpand: &squeeze.expand_weight,
-                dexpand_bias: &squeeze.expand_bias,
-            );
-            let gradients = Gradients {
-                reduce: &mut dreduce,
-                reduce_bias: &mut dreduce_bias,
-                expand: &mut dexpand,
-                expand_bias: &mut dexpand_bias,
-            };
-            let (pooled, hidden) = (gate.pooled.view(), gate.hidden.view());
-            let made = squeeze_excite::State { pooled: &pooled, hidden: &hidden, gate: &factors };
-            plans.squeeze(device, shape, squeeze.reduced)?.backward(
-                stream,
-                &sums.view(),
-                made,
-                weights,
-                gradients,
-                &mut dpool.view_mut(),
-                &mut moments.view_mut(),
-            )?;
-        }
-        parts!(grads; dgamma: &producer.gamma, dbeta: &producer.beta);
+        let Self { device, scratch, plans, .. } = self;
+        let (reduce, expand) =
+            (params.working(&squeeze.reduce_weight)?, params.working(&squeeze.expand_weight)?);
+        let (reduce_bias, expand_bias) =
+            (params.part(&squeeze.reduce_bias)?, params.part(&squeeze.expand_bias)?);
+        let weights = Weights {
+            reduce: &reduce,
+            reduce_bias: &reduce_bias,
+            expand: &expand,
+            expand_bias: &expand_bias,
+        };
+        parts!(
+            grads;
+            dgamma: &producer.gamma,
+            dbeta: &producer.beta,
+            dreduce: &squeeze.reduce_weight,
+            dreduce_bias: &squeeze.reduce_bias,
+            dexpand: &squeeze.expand_weight,
+            dexpand_bias: &squeeze.expand_bias,
+        );
+        let gradients = Gradients {
+            reduce: &mut dreduce,
+            reduce_bias: &mut dreduce_bias,
+            expand: &mut dexpand,
+            expand_bias: &mut dexpand_bias,
+        };
         let mut owed_view = owed.view_mut();
         let debt = Debt { norm: &norm, dgamma: &mut dgamma, dbeta: &mut dbeta, owed: &mut owed_view };
-        plans.norm(device, shape)?.owe(stream, &moments.view(), 1, debt)?;
+        let (sums, pooled, hidden) = (sums.view(), gate.pooled.view(), gate.hidden.view());
+        let made = squeeze_excite::State { pooled: &pooled, hidden: &hidden, gate: &factors };
+        let plan = plans.squeeze(device, shape, squeeze.reduced)?;
+        let workspace = scratch.with(device, plan.workspace_floats())?;
+        let input = BackwardInput { sums: &sums, state: made, weights };
+        plan.backward(device.compute(), input, gradients, &mut dpool.view_mut(), debt, workspace)?;
         let arrival = OwedArrival::Gated { norm: raw.norm.clone(), gate: gate.gate.clone(), dpool };
         Ok((dx, Owed { owed, arrival }))
     }

@@ -10,16 +10,21 @@ use crate::backend::{
 };
 use crate::data::MixPlan;
 use crate::device::Layout;
-use crate::kernels::batch_norm::BatchNormShape;
+use crate::kernels::batch_norm::{self, BatchNormShape};
 use crate::kernels::conv3x3::Conv3x3Shape;
 use crate::kernels::depthwise::{BackwardKind, DepthwiseShape};
-use crate::kernels::pointwise::PointwiseWork;
+use crate::kernels::head::HeadShape;
+use crate::kernels::input;
+use crate::kernels::optimizer::{self, UpdateShape};
+use crate::kernels::pointwise::{ClassifierWork, PointwiseWork};
+use crate::kernels::squeeze_excite::SqueezeExciteShape;
 use crate::kernels::stem::StemShape;
 use crate::kernels::{GradientKind, InputKind, OutputKind, Work};
 use crate::optimizer::{Rule, Scalars};
-use crate::tensor::{Dtype, Shape};
+use crate::tensor::{ConvKind, Dtype, Shape};
 use crate::{Error, Result};
 use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -37,9 +42,12 @@ pub struct Footprint {
 }
 
 impl Footprint {
-    /// All bytes but those of the flat buffers, which are there before a pass is.
+    /// What is left for the small buffers of plans, and for the driver.
+    pub const SPARE: usize = 32 << 20;
+
+    /// All bytes but those of the flat buffers, which are there before a pass is; with [`SPARE`](Self::SPARE).
     pub fn passes(&self) -> usize {
-        self.arena + self.workspace * size_of::<f32>() + self.feeds
+        self.arena + self.workspace * size_of::<f32>() + self.feeds + Self::SPARE
     }
 }
 
@@ -53,6 +61,40 @@ pub struct Span {
 impl Drop for Span {
     fn drop(&mut self) {
         self.layout.borrow_mut().pop(self.offset);
+    }
+}
+
+/// A flat buffer that there is only in thought.
+#[derive(Debug)]
+pub struct Flat {
+    bytes: usize,
+    tally: Rc<Cell<Tally>>,
+}
+
+/// Bytes of flat buffers.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tally {
+    now: usize,
+    most: usize,
+}
+
+impl Flat {
+    fn new(length: usize, tally: &Rc<Cell<Tally>>) -> Self {
+        let bytes = length * size_of::<f32>();
+        let Tally { now, most } = tally.get();
+        tally.set(Tally { now: now + bytes, most: most.max(now + bytes) });
+        Self { bytes, tally: Rc::clone(tally) }
+    }
+
+    fn len(&self) -> usize {
+        self.bytes / size_of::<f32>()
+    }
+}
+
+impl Drop for Flat {
+    fn drop(&mut self) {
+        let tally = self.tally.get();
+        self.tally.set(Tally { now: tally.now - self.bytes, ..tally });
     }
 }
 
@@ -89,8 +131,8 @@ enum Arrival {
 pub struct Head {
     _spans: [Span; 2],
     dlogits: Option<Span>,
-    images: usize,
-    classes: usize,
+    shape: HeadShape,
+    logits: usize,
 }
 
 /// Goes through passes and notes what they take.
@@ -102,7 +144,11 @@ pub struct Planner {
     largest_batch: usize,
     targets: usize,
     parameters: usize,
-    buffers: Cell<usize>,
+    rule: Option<Rule>,
+    images: usize,
+    buffers: Rc<Cell<Tally>>,
+    /// Where the weights begin that have been folded, and how many they are.
+    folded: HashMap<usize, usize>,
     drops: Vec<DropPath>,
     launches: Vec<Work>,
     side: usize,
@@ -119,7 +165,10 @@ impl Planner {
             largest_batch: 0,
             targets: 0,
             parameters: 0,
-            buffers: Cell::new(0),
+            rule: None,
+            images: 0,
+            buffers: Rc::default(),
+            folded: HashMap::new(),
             drops: Vec::new(),
             launches: Vec::new(),
             side: 0,
@@ -129,14 +178,15 @@ impl Planner {
 
     /// What the passes so far take.
     pub fn footprint(&self) -> Footprint {
-        // Two batches wait on the device while a third is computed with; two copies of the weights, for training and for
-        // evaluating their average.
+        // Two batches wait on the device while a third is computed with; the weights and their average are copied for
+        // training and folded for inference.
         let copies = if self.dtype == Dtype::F32 { 0 } else { 2 * self.parameters * self.dtype.bytes() };
+        let folded = 2 * self.folded.values().sum::<usize>() * self.dtype.bytes();
         Footprint {
             arena: self.layout.borrow().high_water(),
             workspace: self.workspace,
-            feeds: 3 * self.largest_batch + self.targets * size_of::<f32>() + copies,
-            buffers: self.buffers.get(),
+            feeds: 3 * self.largest_batch + self.targets * size_of::<f32>() + copies + folded,
+            buffers: self.buffers.get().most,
         }
     }
 
@@ -145,9 +195,14 @@ impl Planner {
         &self.drops
     }
 
-    /// Every launch so far.
+    /// Every launch of the training passes so far, but for [`draw`](Self::draw).
     pub fn launches(&self) -> &[Work] {
         &self.launches
+    }
+
+    /// What each step launches before its first pass, if any block's branch is dropped.
+    pub fn draw(&self) -> Option<Work> {
+        (!self.drops.is_empty()).then(|| batch_norm::factors_work(self.images, self.drops.len()))
     }
 
     fn push(&self, elements: usize, bytes: usize) -> Span {
@@ -180,6 +235,12 @@ impl Planner {
         let norm = BatchNormShape::new(shape, self.dtype)?;
         self.needs(norm.workspace_floats());
         Ok(norm)
+    }
+
+    fn squeeze_shape(&mut self, shape: Shape, reduced: usize) -> Result<SqueezeExciteShape> {
+        let squeeze = SqueezeExciteShape::new(shape, reduced, self.dtype)?;
+        self.needs(squeeze.workspace_floats());
+        Ok(squeeze)
     }
 
     fn fprop(&mut self, layer: &ConvNorm, x: Shape, input: InputKind, output: OutputKind) -> Result<()> {
@@ -256,23 +317,22 @@ fn missing(operation: &'static str) -> Error {
 impl Backend for Planner {
     type Element = f32;
     type Activation = Activation;
-    type Buffer = usize;
+    type Buffer = Flat;
     type Norm = Rc<Span>;
     type Gate = Gate;
     type Owed = Owed;
     type Head = Head;
     type Rehearsal = Self;
 
-    fn buffer(&self, values: Vec<f32>) -> Result<usize> {
+    fn buffer(&self, values: Vec<f32>) -> Result<Flat> {
         self.zeros(values.len())
     }
 
-    fn zeros(&self, length: usize) -> Result<usize> {
-        self.buffers.set(self.buffers.get() + length * size_of::<f32>());
-        Ok(length)
+    fn zeros(&self, length: usize) -> Result<Flat> {
+        Ok(Flat::new(length, &self.buffers))
     }
 
-    fn read(&self, _: &usize) -> Result<Vec<f32>> {
+    fn read(&self, _: &Flat) -> Result<Vec<f32>> {
         Err(missing("read"))
     }
 
@@ -306,14 +366,15 @@ impl Backend for Planner {
         Ok(())
     }
 
-    fn begin_step(&mut self, _: &StepKey) -> Result<()> {
+    fn begin_step(&mut self, key: &StepKey) -> Result<()> {
+        self.images = key.images.len();
         Ok(())
     }
 
     fn set_loss_scale(&mut self, _: f64) {}
 
-    fn begin_update(&mut self, _: Rule, _: &Scalars, parameters: usize, _: &[Range<usize>]) -> Result<()> {
-        self.parameters = parameters;
+    fn begin_update(&mut self, rule: Rule, _: &Scalars, parameters: usize, _: &[Range<usize>]) -> Result<()> {
+        (self.rule, self.parameters) = (Some(rule), parameters);
         Ok(())
     }
 
@@ -321,7 +382,9 @@ impl Backend for Planner {
         let (images, side) = self.begun.take().ok_or_else(|| missing("input"))?;
         let shape = Shape::new(images, side, side, 3);
         self.largest_batch = self.largest_batch.max(shape.elements());
-        Ok(self.activation(shape))
+        let x = self.activation(shape);
+        self.launch(input::forward_work(images, side, self.dtype));
+        Ok(x)
     }
 
     fn conv_norm(
@@ -354,6 +417,8 @@ impl Backend for Planner {
     ) -> Result<Gate> {
         let Shape { n, c, .. } = x.y.shape;
         let spans = [self.floats(n * c), self.floats(n * layer.reduced)];
+        let work = self.squeeze_shape(x.y.shape, layer.reduced)?.forward_work();
+        self.launch(work);
         Ok(Gate { _spans: spans, gate: Rc::new(self.floats(n * c)) })
     }
 
@@ -374,14 +439,38 @@ impl Backend for Planner {
         Ok(out)
     }
 
+    fn infer(
+        &mut self,
+        layer: &ConvNorm,
+        x: Load<'_, Self>,
+        act: backend::Activation,
+        skip: Option<&Activation>,
+        vars: &mut Variables<Self>,
+    ) -> Result<Activation> {
+        if layer.conv.kind == ConvKind::Depthwise {
+            let raw = self.conv_norm(layer, x, vars, Mode::Eval)?;
+            return self.merge(&raw, act, skip, None);
+        }
+        let (shape, input) = match x {
+            Load::Plain(x) => (x.shape, InputKind::Plain),
+            Load::Silu(raw) => (raw.y.shape, InputKind::Silu),
+            Load::Gated(raw, _) => (raw.y.shape, InputKind::Gated),
+        };
+        let y = self.activation(layer.conv.output(shape)?);
+        self.folded.insert(layer.weight.start, layer.weight.len());
+        self.fprop(layer, shape, input, OutputKind::Folded { skip: skip.is_some() })?;
+        Ok(y)
+    }
+
     fn head(&mut self, layer: &Classifier, x: &Raw<Self>, _: f64, _: &mut Variables<Self>) -> Result<Head> {
-        let (images, classes) = (x.y.shape.n, layer.classes);
-        let spans = [self.elements(images * layer.features), self.elements(images * classes)];
-        let shape = Shape::new(images, 1, 1, layer.features);
-        let shape = PointwiseWork::new(shape, classes.next_multiple_of(8), self.dtype)?;
-        self.needs(shape.workspace_floats());
-        self.launch(shape.fprop(InputKind::Plain, OutputKind::Folded { skip: false }));
-        Ok(Head { _spans: spans, dlogits: None, images, classes })
+        let (shape, classes) = (x.y.shape, layer.classes);
+        let spans = [self.elements(shape.n * layer.features), self.elements(shape.n * classes)];
+        let head = HeadShape::new(shape, classes, self.dtype)?;
+        let classifier = ClassifierWork::new(shape.n, layer.features, classes, self.dtype)?;
+        self.needs(classifier.workspace_floats());
+        self.launch(head.pool_work());
+        self.launch(classifier.fprop());
+        Ok(Head { _spans: spans, dlogits: None, shape: head, logits: shape.n * classes })
     }
 
     fn logits(&self, _: &Head) -> Result<Vec<f32>> {
@@ -389,7 +478,8 @@ impl Backend for Planner {
     }
 
     fn loss_gradient(&mut self, head: &mut Head) -> Result<()> {
-        head.dlogits = Some(self.elements(head.images * head.classes));
+        head.dlogits = Some(self.elements(head.logits));
+        head.shape.cross_entropy_works().into_iter().for_each(|work| self.launch(work));
         Ok(())
     }
 
@@ -401,16 +491,15 @@ impl Backend for Planner {
         &mut self,
         layer: &Classifier,
         (_, x): (&ConvNorm, &Raw<Self>),
-        _: &Head,
+        head: &Head,
         _: &mut Variables<Self>,
     ) -> Result<(Activation, Owed)> {
         let shape = x.y.shape;
         let (dz, owed) = (self.activation(shape), self.floats(3 * shape.c));
         let _temporary = [self.elements(shape.n * layer.features), self.floats(2 * shape.n * shape.c)];
-        let classifier = Shape::new(shape.n, 1, 1, layer.features);
-        let classifier = PointwiseWork::new(classifier, layer.classes.next_multiple_of(8), self.dtype)?;
-        self.launch(classifier.dgrad(GradientKind::Plain { skip: false }));
-        self.launch(classifier.wgrad(InputKind::Plain));
+        let classifier = ClassifierWork::new(shape.n, layer.features, layer.classes, self.dtype)?;
+        classifier.backward().into_iter().for_each(|work| self.launch(work));
+        self.launch(head.shape.pool_backward_work());
         let work = self.norm_shape(shape)?.owe_work(shape.n);
         self.launch(work);
         Ok((dz, Owed { _owed: owed, arrival: Arrival::Alone }))
@@ -477,30 +566,35 @@ impl Backend for Planner {
         &mut self,
         layer: &ConvNorm,
         (_, raw): (&ConvNorm, &Raw<Self>),
-        (_, gate): (&SqueezeExcite, &Gate),
+        (squeeze, gate): (&SqueezeExcite, &Gate),
         grad: Gradient<'_, Self>,
         _: &mut Variables<Self>,
     ) -> Result<(Activation, Owed)> {
         let shape = raw.y.shape;
         let (n, c) = (shape.n, shape.c);
         let (dx, owed, dpool) = (self.activation(shape), self.floats(3 * c), self.floats(n * c));
-        let _temporary = [self.floats(5 * n * c), self.floats(2 * c)];
+        let _sums = self.floats(5 * n * c);
         self.backward(layer, shape, InputKind::Gated, grad.owed, Some(GradientKind::Gated))?;
-        let work = self.norm_shape(shape)?.owe_work(1);
-        self.launch(work);
+        let squeeze = self.squeeze_shape(shape, squeeze.reduced)?;
+        squeeze.backward_works().into_iter().for_each(|work| self.launch(work));
         let arrival = Arrival::Gated { _norm: raw.norm.clone(), _gate: gate.gate.clone(), _dpool: dpool };
         Ok((dx, Owed { _owed: owed, arrival }))
     }
 
-    fn clear(&mut self, _: &mut usize) -> Result<()> {
+    fn clear(&mut self, _: &mut Flat) -> Result<()> {
         Ok(())
     }
 
-    fn norm(&mut self, _: &usize) -> Result<f64> {
+    fn norm(&mut self, _: &Flat) -> Result<f64> {
         Err(missing("norm"))
     }
 
-    fn update(&mut self, _: &mut State<Self>) -> Result<()> {
+    fn update(&mut self, state: &mut State<Self>) -> Result<()> {
+        let rule = self.rule.ok_or_else(|| missing("update"))?;
+        let shape = UpdateShape { rule, parameters: self.parameters };
+        shape.norm_work().into_iter().for_each(|work| self.launch(work));
+        self.launch(shape.update_work(true, self.dtype));
+        self.launch(optimizer::average_work(state.average.stats.len()));
         Ok(())
     }
 

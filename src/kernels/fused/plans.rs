@@ -5,7 +5,7 @@ use crate::backend::ConvNorm;
 use crate::device::Device;
 use crate::device::cudarc::driver::{CudaView, CudaViewMut};
 use crate::kernels::Workspace;
-use crate::kernels::batch_norm::{BatchNorm, Evaluation};
+use crate::kernels::batch_norm::{BatchNorm, Evaluation, Fold};
 use crate::kernels::conv3x3::Conv3x3;
 use crate::kernels::depthwise::Depthwise;
 use crate::kernels::head::Head;
@@ -92,6 +92,8 @@ pub(super) struct Plans<T> {
     heads: Cache<HeadKey, Head<T>>,
     /// By where γ, β and both statistics begin, and the lengths of the buffers.
     evaluations: Cache<[usize; 6], Evaluation>,
+    /// By weights and channels.
+    folds: Cache<[usize; 2], Fold<T>>,
     /// Optimizers that only take norms and cast, by the length of the buffer.
     tools: Cache<usize, Optimizer>,
 }
@@ -108,6 +110,7 @@ impl<T> Default for Plans<T> {
             squeezes: Cache::default(),
             heads: Cache::default(),
             evaluations: Cache::default(),
+            folds: Cache::default(),
             tools: Cache::default(),
         }
     }
@@ -159,6 +162,10 @@ impl<T: FusedElement> Plans<T> {
         let [gamma, beta, mean, var] = starts;
         let key = [gamma, beta, mean, var, params, stats];
         Ok(self.evaluations.get(key, || Evaluation::plan(device, &[layer], params, stats))?)
+    }
+
+    pub(super) fn fold(&mut self, device: &Device, weights: usize, channels: usize) -> Result<&Fold<T>> {
+        Ok(self.folds.get([weights, channels], || Fold::plan(device, weights, channels))?)
     }
 
     /// For buffers of `length` values that no rule updates.

@@ -1,0 +1,425 @@
+//! The kernels of the dense 3×3 convolution against `reference::conv3x3`.
+
+#![cfg(feature = "cuda")]
+
+#[path = "devices/dense.rs"]
+mod dense;
+mod devices;
+#[path = "devices/elements.rs"]
+#[allow(dead_code, reason = "raw tensors with a normalisation to apply are not read by a dense convolution")]
+mod elements;
+
+use dense::{Case, Norm, all_close, all_exact, dense, dot, roundings};
+use devices::{again_on_a_gpu, device};
+use effnetv2::Error;
+use effnetv2::backend::Activation;
+use effnetv2::device::Device;
+use effnetv2::kernels::conv3x3::{Conv3x3, Conv3x3Shape};
+use effnetv2::kernels::{Arrival, GradientOutput, GradientView, Input, Output, OutputKind, Workspace};
+use effnetv2::tensor::{Conv, ConvKind, Dtype, Padding, Real, Shape};
+use elements::{EPSILON, Sample, unwritten, wide, written};
+use half::{bf16, f16};
+use proptest::prelude::*;
+
+type Images = (usize, usize, usize);
+
+/// Everything the device computes.
+#[derive(Clone, Debug, PartialEq)]
+struct Outcome<T> {
+    y: Vec<T>,
+    /// Of batch norm, if moments were asked for.
+    norm: Vec<f32>,
+    dx: Vec<T>,
+    dweight: Vec<f32>,
+}
+
+/// What becomes of an output.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Epilogue {
+    Plain,
+    Moments,
+    Folded(Activation),
+}
+
+/// With what is added to outputs or not.
+fn on_device<T: Sample>(device: &Device, case: &Case<T>, epilogue: Epilogue, skips: bool) -> Outcome<T> {
+    let stream = device.compute();
+    let plan = Conv3x3::<T>::plan(device, &case.conv, case.x_shape).unwrap();
+    let mut workspace = Workspace::new(device, plan.workspace_floats()).unwrap();
+    let (x, weight) = (device.upload(&case.x).unwrap(), device.upload(&case.weight).unwrap());
+    let (x, weight) = (x.as_view(), weight.as_view());
+    let length = case.y_shape.elements();
+    let mut y = unwritten::<T>(device, length);
+    let mut norm = Norm::random(device, case.conv.outputs, case.x_shape.h as u64);
+    {
+        let mut fprop = |output: Output<'_, '_, T>| {
+            let y = &mut y.slice_mut(..length);
+            plan.fprop(stream, Input::Plain(&x), &weight, y, output, &mut workspace).unwrap();
+        };
+        match epilogue {
+            Epilogue::Plain => fprop(Output::Plain),
+            Epilogue::Moments => norm.with(|statistics| fprop(Output::Moments(statistics))),
+            Epilogue::Folded(act) => {
+                let (bias, skip) = (device.upload(&case.bias).unwrap(), device.upload(&case.skip).unwrap());
+                let (bias, skip) = (bias.as_view(), skip.as_view());
+                fprop(Output::Folded { bias: &bias, act, skip: skips.then_some(&skip) });
+            }
+        }
+    }
+    let y = written(device, &y);
+    let norm = if epilogue == Epilogue::Moments {
+        norm.check(device, &y);
+        norm.outcome(device)
+    } else {
+        Vec::new()
+    };
+
+    let (g, raw) = (device.upload(&case.g).unwrap(), device.upload(&case.raw).unwrap());
+    let (owed, input_skip) = (device.upload(&case.owed).unwrap(), device.upload(&case.input_skip).unwrap());
+    let (g, raw, owed, input_skip) = (g.as_view(), raw.as_view(), owed.as_view(), input_skip.as_view());
+    let gradient = GradientView { g: &g, y: &raw, owed: &owed, arrival: Arrival::Alone };
+    let length = case.x_shape.elements();
+    let mut dx = unwritten::<T>(device, length);
+    let output = GradientOutput::Plain { skip: skips.then_some(&input_skip) };
+    plan.dgrad(stream, gradient, &weight, &mut dx.slice_mut(..length), output).unwrap();
+    let mut dweight = unwritten::<f32>(device, case.before.len());
+    {
+        let mut view = dweight.slice_mut(..case.before.len());
+        effnetv2::device::write(stream, &case.before, &mut view).unwrap();
+        plan.wgrad(stream, Input::Plain(&x), gradient, &mut view, &mut workspace).unwrap();
+    }
+    Outcome { y, norm, dx: written(device, &dx), dweight: written(device, &dweight) }
+}
+
+/// y and its bound as `epilogue` leaves them.
+fn expected_output<T: Sample>(case: &Case<T>, epilogue: Epilogue, skips: bool) -> (Vec<f64>, Vec<f64>) {
+    let (y, size) = case.fprop();
+    let Epilogue::Folded(act) = epilogue else { return (y.into_vec(), size.into_vec()) };
+    let bias = |i: usize| f64::from(case.bias[i % case.conv.outputs]);
+    let added = |i: usize| if skips { case.skip[i].wide() } else { 0.0 };
+    let apply = |v: f64| if act == Activation::Silu { v.silu() } else { v };
+    let y = y.data().iter().enumerate().map(|(i, y)| apply(y + bias(i)) + added(i)).collect();
+    // SiLU's slope is at most 1.1, its own error a share of what it is taken of.
+    let bound = |(i, s): (usize, &f64)| 1.1 * (s + bias(i).abs()) + added(i).abs();
+    (y, size.data().iter().enumerate().map(bound).collect())
+}
+
+fn check<T: Sample>(device: &Device, conv: Conv, images: Images, epilogue: Epilogue, seed: u64) {
+    let case = Case::<T>::random(conv, images, seed);
+    let skips = !seed.is_multiple_of(3);
+    // A single value has no moments.
+    let alone = case.y_shape.pixels() == 1 && epilogue == Epilogue::Moments;
+    let epilogue = if alone { Epilogue::Plain } else { epilogue };
+    let actual = on_device(device, &case, epilogue, skips);
+    let (y, size) = expected_output(&case, epilogue, skips);
+    let what = format!("{} of {conv:?} for {}, {epilogue:?}", T::SUFFIX, case.x_shape);
+    all_close(&actual.y, &y, &size, roundings(9 * conv.inputs) + 8.0 * EPSILON, &format!("{what}: y"));
+    // dy is rounded to the type before tensor cores multiply it.
+    let of_dy = 4.0 * EPSILON + T::UNIT * (1.0 + 4.0 * EPSILON);
+    let (dx, size) = case.dgrad();
+    let added = |i: usize| if skips { case.input_skip[i].wide() } else { 0.0 };
+    let dx: Vec<f64> = dx.data().iter().enumerate().map(|(i, v)| v + added(i)).collect();
+    let size: Vec<f64> = size.data().iter().enumerate().map(|(i, v)| v + added(i).abs()).collect();
+    all_close(&actual.dx, &dx, &size, roundings(9 * conv.outputs) + of_dy, &format!("{what}: dx"));
+    let (dweight, size) = case.wgrad();
+    let share = roundings(case.y_shape.pixels()) + of_dy;
+    all_close(&actual.dweight, &dweight, &size, share, &format!("{what}: dweight"));
+}
+
+/// Images, inputs and outputs: one pixel; sides below the kernel; one row and one column; odd and even sides; rows and columns
+/// of tiles begun and full; several splits of the pixels.
+const SHAPES: [(Images, usize, usize); 11] = [
+    ((1, 1, 1), 8, 8),
+    ((3, 1, 1), 16, 72),
+    ((2, 2, 2), 24, 24),
+    ((1, 3, 5), 48, 136),
+    ((2, 1, 19), 8, 64),
+    ((1, 23, 1), 40, 16),
+    ((1, 16, 16), 24, 48),
+    ((2, 9, 15), 8, 24),
+    ((5, 4, 3), 200, 8),
+    ((1, 5, 6), 8, 200),
+    ((1, 37, 41), 8, 8),
+];
+
+fn any_conv() -> impl Strategy<Value = (Conv, Images)> {
+    let shapes = prop_oneof![
+        prop::sample::select(SHAPES.to_vec()),
+        ((1_usize..4, 1_usize..14, 1_usize..14), 1_usize..8, 1_usize..10)
+            .prop_map(|(images, inputs, outputs)| (images, 8 * inputs, 8 * outputs)),
+    ];
+    let paddings = prop::sample::select(vec![Padding::Same, Padding::Symmetric]);
+    (shapes, 1_usize..3, paddings).prop_map(|((images, inputs, outputs), stride, padding)| {
+        (dense(stride, padding, inputs, outputs), images)
+    })
+}
+
+fn any_epilogue() -> impl Strategy<Value = Epilogue> {
+    prop::sample::select(vec![
+        Epilogue::Plain,
+        Epilogue::Moments,
+        Epilogue::Folded(Activation::Identity),
+        Epilogue::Folded(Activation::Silu),
+    ])
+}
+
+proptest! {
+    #![proptest_config(devices::cases(20))]
+
+    #[test]
+    fn all_directions_are_the_reference_s(
+        (conv, images) in any_conv(),
+        epilogue in any_epilogue(),
+        seed in any::<u64>(),
+        dtype in prop::sample::select(vec![Dtype::F32, Dtype::F16, Dtype::Bf16]),
+    ) {
+        let Some(device) = device() else { return Ok(()) };
+        match dtype {
+            Dtype::F32 => check::<f32>(&device, conv, images, epilogue, seed),
+            Dtype::F16 => check::<f16>(&device, conv, images, epilogue, seed),
+            Dtype::Bf16 => check::<bf16>(&device, conv, images, epilogue, seed),
+        }
+    }
+}
+
+/// All three directions, value for value.
+fn exact<T: Sample>(device: &Device, conv: Conv, images: Images, epilogue: Epilogue, skips: bool) {
+    let case = Case::<T>::integers(conv, images, 7);
+    let epilogue = if case.y_shape.pixels() == 1 { Epilogue::Plain } else { epilogue };
+    let actual = on_device(device, &case, epilogue, skips);
+    let what = format!("{} of {conv:?} for {}, {epilogue:?}", T::SUFFIX, case.x_shape);
+    all_exact(&actual.y, &expected_output(&case, epilogue, skips).0, format_args!("{what}: y"));
+    let dx = case.dgrad().0.into_vec();
+    let added = |i: usize| if skips { case.input_skip[i].wide() } else { 0.0 };
+    let dx: Vec<f64> = dx.iter().enumerate().map(|(i, v)| v + added(i)).collect();
+    all_exact(&actual.dx, &dx, format_args!("{what}: dx"));
+    all_exact(&actual.dweight, &case.wgrad().0, format_args!("{what}: dweight"));
+}
+
+#[test]
+fn integers_are_exact() {
+    let Some(device) = device() else { return };
+    let mut turn = 0;
+    for (images, inputs, outputs) in SHAPES {
+        for stride in [1, 2] {
+            for padding in [Padding::Same, Padding::Symmetric] {
+                let conv = dense(stride, padding, inputs, outputs);
+                let epilogue =
+                    [Epilogue::Moments, Epilogue::Folded(Activation::Identity), Epilogue::Plain][turn % 3];
+                match turn % 4 {
+                    0 => exact::<f32>(&device, conv, images, epilogue, turn % 2 == 0),
+                    1 => exact::<f16>(&device, conv, images, epilogue, turn % 2 == 0),
+                    _ => exact::<bf16>(&device, conv, images, epilogue, turn % 2 == 0),
+                }
+                turn += 1;
+            }
+            turn += 1;
+        }
+    }
+}
+
+/// More row tiles than runs, so that a block has several and walks over the ends of images; and so many pixels that the
+/// weights' gradient is added up in two rounds.
+#[test]
+fn blocks_walk_over_several_tiles() {
+    let Some(device) = device() else { return };
+    let conv = dense(1, Padding::Same, 8, 8);
+    let images = (1, 260, 257);
+    let shape = Conv3x3Shape::new(&conv, Shape::new(1, 260, 257, 8)).unwrap();
+    let tiles = (260_u32 * 257).div_ceil(128);
+    let grid = |work: effnetv2::kernels::Work| work.grid[0];
+    assert!(grid(shape.fprop_work(Dtype::Bf16, OutputKind::Moments)) < tiles);
+    assert!(grid(shape.dgrad_work(Dtype::Bf16, false)) < tiles);
+    assert!(grid(shape.wgrad_work(Dtype::Bf16)) > 16);
+    exact::<bf16>(&device, conv, images, Epilogue::Moments, true);
+}
+
+/// A mean two hundred times the deviation: what `Norm::check` allows depends on the range of values alone.
+#[test]
+fn moments_survive_a_large_mean() {
+    let Some(device) = device() else { return };
+    let conv = dense(2, Padding::Same, 8, 24);
+    let mut case = Case::<f32>::random(conv, (4, 21, 30), 5);
+    // The middle tap alone, which is never outside.
+    for (i, w) in case.weight.iter_mut().enumerate() {
+        *w = if i / 8 % 9 == 4 { 1.0 } else { 0.0 };
+    }
+    case.x.iter_mut().for_each(|x| *x = 200.0 + *x / 2.0);
+    on_device(&device, &case, Epilogue::Moments, false);
+}
+
+/// ⟨conv x, y⟩ = ⟨x, dgrad y⟩ = ⟨w, wgrad⟩, to the rounding of those sums.
+#[test]
+fn directions_are_adjoint() {
+    let Some(device) = device() else { return };
+    for (stride, padding, images) in
+        [(1, Padding::Same, (2, 7, 12)), (2, Padding::Same, (2, 8, 11)), (2, Padding::Symmetric, (2, 8, 10))]
+    {
+        let conv = dense(stride, padding, 24, 40);
+        let mut case = Case::<f32>::random(conv, images, 11);
+        case.before.fill(0.0);
+        let actual = on_device(&device, &case, Epilogue::Plain, false);
+        let product = dot(&wide(&actual.y), case.dy().0.data());
+        // Every term of the three sums is the same product of three.
+        let size = dot(case.fprop().1.data(), case.dy().1.data());
+        let bound = size * (roundings(case.y_shape.pixels() + 9 * conv.outputs) + 4.0 * EPSILON);
+        for (name, other) in [
+            ("dgrad", dot(&wide(&case.x), &wide(&actual.dx))),
+            ("wgrad", dot(&wide(&case.weight), &wide(&actual.dweight))),
+        ] {
+            assert!(
+                (product - other).abs() <= bound,
+                "{name}: {other} instead of {product}, {bound:e} allowed"
+            );
+        }
+    }
+}
+
+#[test]
+fn results_repeat_bit_for_bit() {
+    let Some(device) = device() else { return };
+    let run = |seed| {
+        if let Some(control) = device.host_control() {
+            control.shuffle(seed);
+        }
+        let case = Case::<bf16>::random(dense(2, Padding::Same, 24, 136), (3, 19, 22), 4);
+        on_device(&device, &case, Epilogue::Moments, true)
+    };
+    let first = run(0);
+    assert!(first == run(1));
+    assert!(first == run(2));
+}
+
+#[test]
+fn impossible_plans_are_refused() {
+    let good = dense(2, Padding::Same, 16, 24);
+    let x = Shape::new(2, 5, 4, 16);
+    assert_eq!(Conv3x3Shape::new(&good, x).unwrap().output(), Shape::new(2, 3, 2, 24));
+    for (conv, x) in [
+        (Conv { kernel: 5, ..good }, x),
+        (Conv { kind: ConvKind::Depthwise, outputs: 16, ..good }, x),
+        (Conv { stride: 3, ..good }, x),
+        (Conv { inputs: 12, ..good }, Shape { c: 12, ..x }),
+        (Conv { outputs: 20, ..good }, x),
+        (Conv { outputs: 0, ..good }, x),
+        (good, Shape { c: 8, ..x }),
+        (good, Shape { n: 0, ..x }),
+        (good, Shape { n: 1 << 20, h: 64, w: 64, ..x }),
+        (dense(1, Padding::Same, 1 << 15, 1 << 15), Shape::new(1, 1, 1, 1 << 15)),
+    ] {
+        let refused = Conv3x3Shape::new(&conv, x);
+        assert!(matches!(refused, Err(Error::Shape { .. })), "{conv:?} of {x}: {refused:?}");
+    }
+}
+
+#[test]
+fn unfit_buffers_are_refused_before_anything_runs() {
+    let Some(device) = device() else { return };
+    let stream = device.compute();
+    // 1600 elements of x, 576 weights, 400 of y.
+    let plan =
+        Conv3x3::<f32>::plan(&device, &dense(2, Padding::Same, 8, 8), Shape::new(2, 10, 10, 8)).unwrap();
+    let mut workspace = Workspace::new(&device, plan.workspace_floats()).unwrap();
+    let mut small = Workspace::new(&device, 1).unwrap();
+    let input = device.zeros::<f32>(4096).unwrap();
+    let mut out = device.zeros::<f32>(2048).unwrap();
+    let refused =
+        |result: effnetv2::Result<()>| assert!(matches!(result, Err(Error::Shape { .. })), "{result:?}");
+    for (x, weight, y) in [
+        (0..1599, 576, 0..400),
+        (1..1601, 576, 0..400),
+        (0..1600, 575, 0..400),
+        (0..1600, 576, 0..401),
+        (0..1600, 576, 1..401),
+    ] {
+        let (x, weight) = (input.slice(x), input.slice(..weight));
+        let (x, y) = (Input::Plain(&x), &mut out.slice_mut(y));
+        refused(plan.fprop(stream, x, &weight, y, Output::Plain, &mut workspace));
+    }
+    let (x, weight, norm) = (input.slice(..1600), input.slice(..576), input.slice(..32));
+    let plain = Input::Plain(&x);
+    let gate = input.slice(..16);
+    for x in [Input::Silu { y: &x, norm: &norm }, Input::Gated { y: &x, norm: &norm, gate: &gate }] {
+        let y = &mut out.slice_mut(..400);
+        refused(plan.fprop(stream, x, &weight, y, Output::Plain, &mut workspace));
+    }
+    for (bias, skip) in [(7, 400), (8, 399)] {
+        let (bias, skip) = (input.slice(..bias), input.slice(..skip));
+        let output = Output::Folded { bias: &bias, act: Activation::Silu, skip: Some(&skip) };
+        refused(plan.fprop(stream, plain, &weight, &mut out.slice_mut(..400), output, &mut workspace));
+    }
+    for channels in [8, 16] {
+        let mut norm = Norm::random(&device, channels, 1);
+        let workspace = if channels == 8 { &mut small } else { &mut workspace };
+        norm.with(|statistics| {
+            let (y, output) = (&mut out.slice_mut(..400), Output::Moments(statistics));
+            refused(plan.fprop(stream, plain, &weight, y, output, workspace));
+        });
+    }
+    let (g, owed, short, factors) =
+        (input.slice(..400), input.slice(..24), input.slice(..399), input.slice(..2));
+    let gradient = GradientView { g: &g, y: &g, owed: &owed, arrival: Arrival::Alone };
+    for wrong in [
+        GradientView { g: &short, ..gradient },
+        GradientView { y: &short, ..gradient },
+        GradientView { owed: &norm, ..gradient },
+        GradientView { arrival: Arrival::Factors(&factors), ..gradient },
+    ] {
+        let output = GradientOutput::Plain { skip: None };
+        refused(plan.dgrad(stream, wrong, &weight, &mut out.slice_mut(..1600), output));
+        refused(plan.wgrad(stream, plain, wrong, &mut out.slice_mut(..576), &mut workspace));
+    }
+    for (skip, dx) in [(1599, 1600), (1600, 1599)] {
+        let skip = input.slice(..skip);
+        let output = GradientOutput::Plain { skip: Some(&skip) };
+        refused(plan.dgrad(stream, gradient, &weight, &mut out.slice_mut(..dx), output));
+    }
+    let mut sums = device.zeros::<f32>(5 * 2 * 8).unwrap();
+    let output = GradientOutput::Gated { y: &x, norm: &norm, sums: &mut sums.as_view_mut() };
+    refused(plan.dgrad(stream, gradient, &weight, &mut out.slice_mut(..1600), output));
+    let silu = Input::Silu { y: &x, norm: &norm };
+    refused(plan.wgrad(stream, silu, gradient, &mut out.slice_mut(..576), &mut workspace));
+    refused(plan.wgrad(stream, plain, gradient, &mut out.slice_mut(..575), &mut workspace));
+    let many =
+        Conv3x3::<f32>::plan(&device, &dense(1, Padding::Same, 8, 8), Shape::new(1, 20, 20, 8)).unwrap();
+    assert!(many.workspace_floats() > 1);
+    let (x, g) = (input.slice(..3200), input.slice(..3200));
+    let gradient = GradientView { g: &g, y: &g, ..gradient };
+    refused(many.wgrad(stream, Input::Plain(&x), gradient, &mut out.slice_mut(..576), &mut small));
+    assert_eq!(device.read(&out).unwrap(), vec![0.0; 2048]);
+
+    // The moments of a single value are none.
+    let plan = Conv3x3::<f32>::plan(&device, &dense(2, Padding::Same, 8, 8), Shape::new(1, 2, 2, 8)).unwrap();
+    Norm::random(&device, 8, 1).with(|statistics| {
+        let (x, y) = (input.slice(..32), &mut out.slice_mut(..8));
+        let (x, output) = (Input::Plain(&x), Output::Moments(statistics));
+        refused(plan.fprop(stream, x, &weight, y, output, &mut workspace));
+    });
+}
+
+/// A layer of V2-S at 300 pixels: what it moves is what its tensors hold.
+#[test]
+fn costs_are_counted() {
+    let shape = Conv3x3Shape::new(&dense(1, Padding::Same, 48, 192), Shape::new(256, 75, 75, 48)).unwrap();
+    let pixels = 256 * 75 * 75;
+    let (x, y, weights) = (48 * pixels, 192 * pixels, 9 * 48 * 192);
+    let work = shape.fprop_work(Dtype::Bf16, OutputKind::Plain);
+    assert_eq!((work.kernel.as_str(), work.cost.bytes), ("conv3x3_fprop_narrow_bf16", 2 * (x + y + weights)));
+    assert_eq!(work.cost.tensor_operations, 2 * pixels * weights);
+    let moments = shape.fprop_work(Dtype::Bf16, OutputKind::Moments);
+    let runs = u64::from(moments.grid[0]) / 3;
+    assert!((256..=512).contains(&runs), "{moments:?}");
+    assert_eq!(moments.cost.bytes, work.cost.bytes + 4 * (2 * runs * 192 + 10 * 192));
+    let folded = shape.fprop_work(Dtype::Bf16, OutputKind::Folded { skip: true });
+    assert_eq!(folded.cost.bytes, work.cost.bytes + 2 * y + 4 * 192);
+    let dgrad = shape.dgrad_work(Dtype::Bf16, true);
+    assert_eq!(dgrad.cost.bytes, 2 * (2 * y + 2 * x + weights) + 4 * 3 * 192);
+    let wgrad = shape.wgrad_work(Dtype::Bf16);
+    let partial = u64::from(wgrad.grid[0]) * 64 * 128;
+    assert_eq!(wgrad.cost.bytes, 2 * (2 * y + x) + 4 * (partial + 2 * weights + 3 * 192));
+}
+
+#[test]
+fn on_a_gpu() {
+    again_on_a_gpu("on_a_gpu");
+}

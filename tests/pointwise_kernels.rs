@@ -1,0 +1,1032 @@
+//! The kernels of pointwise convolution and the classifier against `reference::pointwise` and `reference::batch_norm`.
+
+#![cfg(feature = "cuda")]
+
+mod devices;
+#[path = "devices/elements.rs"]
+#[allow(dead_code, reason = "sums over the pixels of an image are taken by hand here")]
+mod elements;
+
+use devices::{again_on_a_gpu, device};
+use effnetv2::Error;
+use effnetv2::backend::{Activation, VarianceEstimator};
+use effnetv2::device::Device;
+use effnetv2::kernels::pointwise::{Classifier, Pointwise, PointwiseWork};
+use effnetv2::kernels::{
+    Arrival, Debt, GradientKind, GradientOutput, GradientView, Input, InputKind, Output, OutputKind,
+    Statistics, Workspace,
+};
+use effnetv2::random::{Purpose, Stream};
+use effnetv2::reference::batch_norm::{self, Norm};
+use effnetv2::reference::pointwise as reference;
+use effnetv2::tensor::{Dtype, Real, Shape, Tensor};
+use elements::{EPSILON, Raw, Sample, close, draw, unwritten, wide, written};
+use half::{bf16, f16};
+use proptest::prelude::*;
+
+/// What the weights' and batch norm's gradients are added to.
+const BEFORE: f32 = 0.5;
+const RUNNING: (f32, f32) = (0.25, 2.0);
+const BN_EPSILON: f64 = 1e-3;
+const MOMENTUM: f64 = 0.125;
+
+/// Which prologues and epilogues to take.
+#[derive(Clone, Copy, Debug)]
+struct Variant {
+    input: InputKind,
+    output: OutputKind,
+    act: Activation,
+    gradient: GradientKind,
+    factors: bool,
+}
+
+/// All tensors on the host.
+#[derive(Clone, Debug)]
+struct Data<T> {
+    /// The input, which is also what the gradient's epilogues differentiate.
+    x: Raw<T>,
+    gate: Vec<f32>,
+    outputs: usize,
+    weight: Vec<T>,
+    /// A gradient of z and the raw output that it owes the rest to.
+    g: Vec<T>,
+    y: Vec<T>,
+    owed: Vec<f32>,
+    factors: Vec<f32>,
+    bias: Vec<f32>,
+    skip_y: Vec<T>,
+    skip_x: Vec<T>,
+    gamma: Vec<f32>,
+    beta: Vec<f32>,
+}
+
+impl<T: Sample> Data<T> {
+    fn random(shape: Shape, outputs: usize, seed: u64) -> Self {
+        let mut stream = Stream::new(seed, 5, 0, Purpose::Init);
+        let out = shape.with_channels(outputs).elements();
+        let reach = 1.0 / (shape.c as f64).sqrt();
+        Self {
+            x: Raw::random(shape, seed),
+            gate: draw(&mut stream, shape.n * shape.c, 0.0, 1.0),
+            outputs,
+            weight: draw(&mut stream, shape.c * outputs, -reach, reach),
+            g: draw(&mut stream, out, -2.0, 2.0),
+            y: draw(&mut stream, out, -2.0, 2.0),
+            owed: draw(&mut stream, 3 * outputs, -1.0, 1.0),
+            factors: draw(&mut stream, shape.n, 0.0, 2.0),
+            bias: draw(&mut stream, outputs, -1.0, 1.0),
+            skip_y: draw(&mut stream, out, -2.0, 2.0),
+            skip_x: draw(&mut stream, shape.elements(), -2.0, 2.0),
+            gamma: draw(&mut stream, outputs, 0.5, 2.0),
+            beta: draw(&mut stream, outputs, -1.0, 1.0),
+        }
+    }
+
+    /// Few small integers everywhere, so that every sum is exact and only the results are rounded, and z so large that
+    /// SiLU is the identity.
+    fn integers(shape: Shape, outputs: usize) -> Self {
+        let out = shape.with_channels(outputs).elements();
+        let of = |count: usize, f: &dyn Fn(usize) -> i32| {
+            (0..count).map(|i| T::of(f(i) as f32)).collect::<Vec<T>>()
+        };
+        let floats =
+            |count: usize, f: &dyn Fn(usize) -> i32| (0..count).map(|i| f(i) as f32).collect::<Vec<f32>>();
+        Self {
+            x: Raw::integers(shape),
+            gate: (0..shape.n * shape.c).map(|i| [1.0, 2.0, 0.5][i % 3]).collect(),
+            outputs,
+            weight: of(shape.c * outputs, &|i| (i * 5 % 7) as i32 % 3 - 1),
+            g: of(out, &|i| (i * 3 % 5) as i32 - 2),
+            y: of(out, &|i| (i * 7 % 13) as i32 % 4),
+            owed: floats(3 * outputs, &|i| (i % 4) as i32 - 1),
+            factors: (0..shape.n).map(|i| [1.0, 0.0, 2.0][i % 3]).collect(),
+            bias: floats(outputs, &|i| (i % 5) as i32),
+            skip_y: of(out, &|i| (i % 9) as i32 - 4),
+            skip_x: of(shape.elements(), &|i| (i % 9) as i32 - 4),
+            gamma: vec![1.0; outputs],
+            beta: vec![0.0; outputs],
+        }
+    }
+
+    fn shape(&self) -> Shape {
+        self.x.shape
+    }
+
+    fn out(&self) -> Shape {
+        self.x.shape.with_channels(self.outputs)
+    }
+
+    fn norm(&self) -> Vec<f32> {
+        [&self.x.scale[..], &self.x.shift, &self.x.mean, &self.x.rstd].concat()
+    }
+}
+
+/// Everything the device computes.
+#[derive(Clone, Debug, PartialEq)]
+struct Outcome<T> {
+    y: Vec<T>,
+    norm: Vec<f32>,
+    running: [Vec<f32>; 2],
+    dx: Vec<T>,
+    dgamma: Vec<f32>,
+    dbeta: Vec<f32>,
+    owed: Vec<f32>,
+    sums: Vec<f32>,
+    dweight: Vec<f32>,
+}
+
+fn on_device<T: Sample>(device: &Device, data: &Data<T>, variant: Variant) -> Outcome<T> {
+    let stream = device.compute();
+    let (shape, out, c, o) = (data.shape(), data.out(), data.shape().c, data.outputs);
+    let plan = Pointwise::<T>::plan(device, shape, o).unwrap();
+    let mut workspace = Workspace::new(device, plan.workspace_floats()).unwrap();
+    let vector = |values: &[f32]| device.upload(values).unwrap();
+    let tensor = |values: &[T]| device.upload(values).unwrap();
+    let (x, weight, g, gy) = (tensor(&data.x.y), tensor(&data.weight), tensor(&data.g), tensor(&data.y));
+    let (skip_x, skip_y) = (tensor(&data.skip_x), tensor(&data.skip_y));
+    let (norm, gate, owed) = (vector(&data.norm()), vector(&data.gate), vector(&data.owed));
+    let (factors, bias) = (vector(&data.factors), vector(&data.bias));
+    let (gamma, beta) = (vector(&data.gamma), vector(&data.beta));
+    let (mut running_mean, mut running_var) = (vector(&vec![RUNNING.0; o]), vector(&vec![RUNNING.1; o]));
+    let (mut y, mut dx) = (unwritten::<T>(device, out.elements()), unwritten::<T>(device, shape.elements()));
+    let (mut new_norm, mut new_owed) = (unwritten::<f32>(device, 4 * o), unwritten::<f32>(device, 3 * c));
+    let mut sums = unwritten::<f32>(device, 5 * shape.n * c);
+    let (mut dgamma, mut dbeta) = (vector(&vec![BEFORE; c]), vector(&vec![BEFORE; c]));
+    let mut dweight = vector(&vec![BEFORE; c * o]);
+
+    let (x, weight, norm, gate) = (x.as_view(), weight.as_view(), norm.as_view(), gate.as_view());
+    let (skip_x, skip_y, bias) = (skip_x.as_view(), skip_y.as_view(), bias.as_view());
+    let (g, gy, owed, factors) = (g.as_view(), gy.as_view(), owed.as_view(), factors.as_view());
+    let (gamma, beta) = (gamma.as_view(), beta.as_view());
+    let input = match variant.input {
+        InputKind::Plain => Input::Plain(&x),
+        InputKind::Silu => Input::Silu { y: &x, norm: &norm },
+        InputKind::Gated => Input::Gated { y: &x, norm: &norm, gate: &gate },
+    };
+    let arrival = if variant.factors { Arrival::Factors(&factors) } else { Arrival::Alone };
+    let gradient = GradientView { g: &g, y: &gy, owed: &owed, arrival };
+    {
+        let mut views = (
+            running_mean.as_view_mut(),
+            running_var.as_view_mut(),
+            new_norm.slice_mut(..4 * o),
+            y.slice_mut(..out.elements()),
+        );
+        let output = match variant.output {
+            OutputKind::Plain => Output::Plain,
+            OutputKind::Moments => Output::Moments(Statistics {
+                gamma: &gamma,
+                beta: &beta,
+                running_mean: &mut views.0,
+                running_var: &mut views.1,
+                norm: &mut views.2,
+                epsilon: BN_EPSILON,
+                momentum: MOMENTUM,
+                variance: VarianceEstimator::Biased,
+            }),
+            OutputKind::Folded { skip } => {
+                Output::Folded { bias: &bias, act: variant.act, skip: skip.then_some(&skip_y) }
+            }
+        };
+        plan.fprop(stream, input, &weight, &mut views.3, output, &mut workspace).unwrap();
+    }
+    {
+        let mut views = (
+            dgamma.as_view_mut(),
+            dbeta.as_view_mut(),
+            new_owed.slice_mut(..3 * c),
+            sums.slice_mut(..5 * shape.n * c),
+            dx.slice_mut(..shape.elements()),
+            dweight.as_view_mut(),
+        );
+        let output = match variant.gradient {
+            GradientKind::Plain { skip } => GradientOutput::Plain { skip: skip.then_some(&skip_x) },
+            GradientKind::Silu => GradientOutput::Silu {
+                y: &x,
+                debt: Debt { norm: &norm, dgamma: &mut views.0, dbeta: &mut views.1, owed: &mut views.2 },
+            },
+            GradientKind::Gated => GradientOutput::Gated { y: &x, norm: &norm, sums: &mut views.3 },
+        };
+        let (dx, dweight) = (&mut views.4, &mut views.5);
+        plan.backward(stream, input, gradient, &weight, dx, dweight, output, &mut workspace).unwrap();
+    }
+    Outcome {
+        y: written(device, &y),
+        norm: written(device, &new_norm),
+        running: [running_mean, running_var].map(|v| device.read(&v).unwrap()),
+        dx: written(device, &dx),
+        dgamma: device.read(&dgamma).unwrap(),
+        dbeta: device.read(&dbeta).unwrap(),
+        owed: written(device, &new_owed),
+        sums: written(device, &sums),
+        dweight: device.read(&dweight).unwrap(),
+    }
+}
+
+/// An operand as the oracle has it: values, numbers not smaller than them, and the share of these numbers by which what
+/// the kernel multiplies may differ.
+struct Operand {
+    value: Tensor<f64>,
+    size: Tensor<f64>,
+    share: f64,
+}
+
+fn tensor(shape: Shape, f: impl Fn(usize) -> f64) -> Tensor<f64> {
+    Tensor::from_vec(shape, (0..shape.elements()).map(f).collect()).unwrap()
+}
+
+fn zip(a: &Tensor<f64>, b: &Tensor<f64>, f: impl Fn(f64, f64) -> f64) -> Tensor<f64> {
+    tensor(a.shape(), |i| f(a.data()[i], b.data()[i]))
+}
+
+/// The number that a channel of every pixel has.
+fn at(vector: &[f32], i: usize) -> f64 {
+    f64::from(vector[i % vector.len()])
+}
+
+impl<T: Sample> Data<T> {
+    /// |scale y| + |shift| of an element of x.
+    fn z_size(&self, i: usize) -> f64 {
+        (at(&self.x.scale, i) * self.x.y[i].wide()).abs() + at(&self.x.shift, i).abs()
+    }
+
+    fn z(&self, i: usize) -> f64 {
+        at(&self.x.scale, i) * self.x.y[i].wide() + at(&self.x.shift, i)
+    }
+
+    fn input(&self, kind: InputKind) -> Operand {
+        let shape = self.shape();
+        let gate = |i: usize| match kind {
+            InputKind::Gated => {
+                f64::from(self.gate[i / (shape.h * shape.w * shape.c) * shape.c + i % shape.c])
+            }
+            _ => 1.0,
+        };
+        if kind == InputKind::Plain {
+            let value = self.x.tensor();
+            let size = tensor(shape, |i| value.data()[i].abs());
+            return Operand { value, size, share: 0.0 };
+        }
+        Operand {
+            value: tensor(shape, |i| self.z(i).silu() * gate(i)),
+            size: tensor(shape, |i| self.z_size(i) * gate(i).abs()),
+            // Rounded to T; the sigmoid is off by 2⁻²¹.
+            share: T::UNIT + 8.0 * EPSILON,
+        }
+    }
+
+    fn gradient(&self, factors: bool) -> Operand {
+        let (shape, o) = (self.out(), self.outputs);
+        let parts = |i: usize| {
+            let image = i / (shape.h * shape.w * shape.c);
+            let factor = if factors { f64::from(self.factors[image]) } else { 1.0 };
+            let row = |k: usize| f64::from(self.owed[k * o + i % o]);
+            [row(0) * factor * self.g[i].wide(), row(1) * self.y[i].wide(), row(2)]
+        };
+        Operand {
+            value: tensor(shape, |i| parts(i).iter().sum()),
+            size: tensor(shape, |i| parts(i).iter().map(|part| part.abs()).sum()),
+            share: T::UNIT + 4.0 * EPSILON,
+        }
+    }
+
+    /// Of a product whose operand is `operand`: values, and bounds before the result is rounded.
+    fn product(
+        &self,
+        operand: &Operand,
+        terms: usize,
+        multiply: impl Fn(&Tensor<f64>, &[f64]) -> Tensor<f64>,
+    ) -> (Tensor<f64>, Tensor<f64>) {
+        let (weight, size) =
+            (wide(&self.weight), self.weight.iter().map(|w| w.wide().abs()).collect::<Vec<_>>());
+        let share = operand.share + (terms + 8) as f64 * EPSILON;
+        let bound = multiply(&operand.size, &size);
+        (multiply(&operand.value, &weight), tensor(bound.shape(), |i| share * bound.data()[i]))
+    }
+}
+
+/// What rounding `value`, known up to `bound`, to T adds.
+fn rounded<T: Sample>(value: f64, bound: f64) -> f64 {
+    bound + (value.abs() + bound) * T::UNIT + T::TINY
+}
+
+#[track_caller]
+fn check_elements<T: Sample>(actual: &[T], expected: &Tensor<f64>, bound: &Tensor<f64>, what: &str) {
+    assert_eq!(actual.len(), expected.data().len(), "{what}");
+    for (i, actual) in actual.iter().enumerate() {
+        let (expected, bound) = (expected.data()[i], bound.data()[i]);
+        close(actual.wide(), expected, rounded::<T>(expected, bound), format_args!("{what} {i}"));
+    }
+}
+
+/// The normalisation and running statistics of what the device stored.
+fn check_moments<T: Sample>(data: &Data<T>, actual: &Outcome<T>) {
+    let (out, o) = (data.out(), data.outputs);
+    let y = Tensor::from_vec(out, wide(&actual.y)).unwrap();
+    let moments = batch_norm::moments(&y);
+    let norm = Norm::<f64>::new(&wide(&data.gamma), &wide(&data.beta), &moments, BN_EPSILON);
+    let roundings = (out.pixels().min(4096) + 64) as f64 * EPSILON;
+    for k in 0..o {
+        let column = || y.data()[k..].iter().step_by(o).copied();
+        let (low, high) = column().fold((f64::MAX, f64::MIN), |(l, h), v| (l.min(v), h.max(v)));
+        // Sums are of differences between values; the mean itself is rounded.
+        let range = high - low;
+        let mean_bound = roundings * range + 2.0 * EPSILON * moments.mean[k].abs();
+        let var_bound = roundings * range * range + mean_bound * mean_bound;
+        let rstd_share = var_bound / (moments.var[k] + BN_EPSILON) + 4.0 * EPSILON;
+        let what = |name: &str| format!("{name} {k}");
+        close(actual.norm[2 * o + k].into(), norm.mean[k], mean_bound, what("mean"));
+        close(actual.norm[3 * o + k].into(), norm.rstd[k], rstd_share * norm.rstd[k], what("rstd"));
+        let scale_bound = (rstd_share + EPSILON) * norm.scale[k].abs();
+        close(actual.norm[k].into(), norm.scale[k], scale_bound, what("scale"));
+        let shift_size = (norm.scale[k] * norm.mean[k]).abs() + norm.shift[k].abs();
+        let shift_bound =
+            scale_bound * norm.mean[k].abs() + norm.scale[k].abs() * mean_bound + 2.0 * EPSILON * shift_size;
+        close(actual.norm[o + k].into(), norm.shift[k], shift_bound, what("shift"));
+        let expected = f64::from(RUNNING.0) + MOMENTUM * (moments.mean[k] - f64::from(RUNNING.0));
+        let size = moments.mean[k].abs() + 1.0;
+        close(actual.running[0][k].into(), expected, mean_bound + 4.0 * EPSILON * size, what("running mean"));
+        let expected = f64::from(RUNNING.1) + MOMENTUM * (moments.var[k] - f64::from(RUNNING.1));
+        let size = moments.var[k] + 4.0;
+        close(
+            actual.running[1][k].into(),
+            expected,
+            var_bound + 4.0 * EPSILON * size,
+            what("running variance"),
+        );
+    }
+}
+
+/// What batch norm's backward is owed, from the device's own sums.
+fn check_owed<T: Sample>(data: &Data<T>, actual: &Outcome<T>) {
+    let (c, count) = (data.shape().c, data.shape().pixels() as f64);
+    for k in 0..c {
+        let of = |v: &[f32]| f64::from(v[k]);
+        // The sums themselves are known up to a rounding of what they were added to.
+        let (dbeta, dgamma) = (of(&actual.dbeta) - f64::from(BEFORE), of(&actual.dgamma) - f64::from(BEFORE));
+        let (dbeta_size, dgamma_size) = (dbeta.abs() + 1.0, dgamma.abs() + 1.0);
+        let (scale, mean, rstd) = (of(&data.x.scale), of(&data.x.mean), of(&data.x.rstd));
+        assert_eq!(actual.owed[k], data.x.scale[k], "a {k}");
+        let (b, size) = (-scale * rstd * dgamma / count, (scale * rstd * dgamma_size / count).abs());
+        close(actual.owed[c + k].into(), b, 6.0 * EPSILON * size, format_args!("b {k}"));
+        let expected = -scale * dbeta / count - b * mean;
+        let size = (scale * dbeta_size / count).abs() + size * mean.abs();
+        close(actual.owed[2 * c + k].into(), expected, 8.0 * EPSILON * size, format_args!("c {k}"));
+    }
+}
+
+fn check<T: Sample>(device: &Device, data: &Data<T>, variant: Variant) {
+    let actual = on_device(device, data, variant);
+    let (shape, out, c, o) = (data.shape(), data.out(), data.shape().c, data.outputs);
+
+    let input = data.input(variant.input);
+    let (mut y, mut bound) = data.product(&input, c, |x, weight| reference::forward(x, weight, o));
+    if let OutputKind::Folded { skip } = variant.output {
+        let skip_of = |i: usize| if skip { data.skip_y[i].wide() } else { 0.0 };
+        let before = tensor(out, |i| y.data()[i] + at(&data.bias, i));
+        let act = |v: f64| if variant.act == Activation::Silu { v.silu() } else { v };
+        y = tensor(out, |i| act(before.data()[i]) + skip_of(i));
+        bound = tensor(out, |i| {
+            // SiLU's slope is at most 1.1, and its own error a share of its argument.
+            1.1 * bound.data()[i] + 10.0 * EPSILON * (before.data()[i].abs() + skip_of(i).abs())
+        });
+    }
+    check_elements(&actual.y, &y, &bound, "y");
+    if variant.output == OutputKind::Moments {
+        check_moments(data, &actual);
+    }
+
+    let gradient = data.gradient(variant.factors);
+    let (dx, bound) = data.product(&gradient, o, |dy, weight| reference::backward_input(dy, weight, c));
+    let slope = |i: usize| data.z(i).silu_grad();
+    let slope_error = |i: usize| 8.0 * EPSILON * (1.0 + data.z_size(i));
+    let dz = tensor(shape, |i| dx.data()[i] * slope(i));
+    let dz_bound =
+        tensor(shape, |i| 1.1 * bound.data()[i] + (dx.data()[i].abs() + bound.data()[i]) * slope_error(i));
+    let xhat = |i: usize| (data.x.y[i].wide() - at(&data.x.mean, i)) * at(&data.x.rstd, i);
+    let xhat_size = |i: usize| (data.x.y[i].wide().abs() + at(&data.x.mean, i).abs()) * at(&data.x.rstd, i);
+    // A sum over rows whose terms have these values, sizes and bounds.
+    let sum = |rows: std::ops::Range<usize>,
+               k: usize,
+               value: &dyn Fn(usize) -> f64,
+               bound: &dyn Fn(usize) -> f64| {
+        let terms = (rows.len() + 16) as f64;
+        let elements = || rows.clone().map(|row| row * c + k);
+        let total: f64 = elements().map(value).sum();
+        let size: f64 = elements().map(|i| value(i).abs()).sum();
+        let error: f64 = elements().map(bound).sum();
+        (total, error + terms * EPSILON * (size + error) + f64::MIN_POSITIVE)
+    };
+    let value_dz = |i: usize| dz.data()[i];
+    let bound_dz = |i: usize| dz_bound.data()[i];
+    let value_dz_xhat = |i: usize| dz.data()[i] * xhat(i);
+    let bound_dz_xhat = |i: usize| (dz_bound.data()[i] + 4.0 * EPSILON * dz.data()[i].abs()) * xhat_size(i);
+    match variant.gradient {
+        GradientKind::Plain { skip } => {
+            let skip = tensor(shape, |i| if skip { data.skip_x[i].wide() } else { 0.0 });
+            let bound = zip(&bound, &skip, |bound, skip| bound * (1.0 + EPSILON) + EPSILON * skip.abs());
+            let bound = zip(&bound, &dx, |bound, dx| bound + EPSILON * dx.abs());
+            check_elements(&actual.dx, &zip(&dx, &skip, |dx, skip| dx + skip), &bound, "dx");
+        }
+        GradientKind::Silu => {
+            check_elements(&actual.dx, &dz, &dz_bound, "dz");
+            for k in 0..c {
+                let before = f64::from(BEFORE);
+                let (dbeta, bound) = sum(0..shape.pixels(), k, &value_dz, &bound_dz);
+                let slack = EPSILON * (1.0 + dbeta.abs());
+                close(actual.dbeta[k].into(), before + dbeta, bound + slack, format_args!("dbeta {k}"));
+                let (dgamma, bound) = sum(0..shape.pixels(), k, &value_dz_xhat, &bound_dz_xhat);
+                let slack = EPSILON * (1.0 + dgamma.abs());
+                close(actual.dgamma[k].into(), before + dgamma, bound + slack, format_args!("dgamma {k}"));
+            }
+            check_owed(data, &actual);
+        }
+        GradientKind::Gated => {
+            check_elements(&actual.dx, &dx, &bound, "dx");
+            let active = |i: usize| dx.data()[i] * data.z(i).silu();
+            let active_bound = |i: usize| {
+                bound.data()[i] * data.z_size(i) + dx.data()[i].abs() * 8.0 * EPSILON * data.z_size(i)
+            };
+            let slope_xhat = |i: usize| slope(i) * xhat(i);
+            let slope_xhat_bound = |i: usize| (slope_error(i) + 4.0 * EPSILON) * xhat_size(i);
+            let terms: [(&dyn Fn(usize) -> f64, &dyn Fn(usize) -> f64); 5] = [
+                (&value_dz, &bound_dz),
+                (&slope, &slope_error),
+                (&value_dz_xhat, &bound_dz_xhat),
+                (&slope_xhat, &slope_xhat_bound),
+                (&active, &active_bound),
+            ];
+            let pixels = shape.h * shape.w;
+            for (kind, (value, bound)) in terms.into_iter().enumerate() {
+                for (image, k) in (0..shape.n).flat_map(|image| (0..c).map(move |k| (image, k))) {
+                    let (expected, bound) = sum(image * pixels..(image + 1) * pixels, k, value, bound);
+                    let actual = actual.sums[(kind * shape.n + image) * c + k];
+                    close(
+                        actual.into(),
+                        expected,
+                        bound,
+                        format_args!("sum {kind} of image {image}, channel {k}"),
+                    );
+                }
+            }
+        }
+    }
+
+    let (mut expected, mut size) = (vec![f64::from(BEFORE); c * o], vec![f64::from(BEFORE); c * o]);
+    reference::backward_weight(&input.value, &gradient.value, &mut expected);
+    reference::backward_weight(&input.size, &gradient.size, &mut size);
+    let share = input.share + gradient.share + (shape.pixels() + 24) as f64 * EPSILON;
+    for (i, &actual) in actual.dweight.iter().enumerate() {
+        close(actual.into(), expected[i], 1.1 * share * size[i], format_args!("dweight {i}"));
+    }
+}
+
+/// Around the tiles' borders: 128 pixels, 128 and 64 channels, steps of 32 and 16 of the sum; the last have enough blocks
+/// for the wide tile, and enough pixels to be cut for the weights.
+const SHAPES: [(usize, usize, usize, usize, usize); 10] = [
+    (1, 1, 1, 8, 8),
+    (1, 3, 43, 8, 136),
+    (2, 8, 8, 64, 64),
+    (3, 5, 9, 24, 72),
+    (1, 11, 13, 72, 24),
+    (5, 1, 1, 136, 40),
+    (7, 6, 6, 40, 200),
+    (2, 12, 17, 16, 8),
+    (130, 1, 2, 32, 16),
+    (1, 1, 127, 48, 56),
+];
+
+const VARIANTS: [Variant; 6] = [
+    Variant {
+        input: InputKind::Plain,
+        output: OutputKind::Plain,
+        act: Activation::Identity,
+        gradient: GradientKind::Plain { skip: false },
+        factors: false,
+    },
+    Variant {
+        input: InputKind::Gated,
+        output: OutputKind::Moments,
+        act: Activation::Identity,
+        gradient: GradientKind::Gated,
+        factors: true,
+    },
+    Variant {
+        input: InputKind::Silu,
+        output: OutputKind::Moments,
+        act: Activation::Identity,
+        gradient: GradientKind::Silu,
+        factors: true,
+    },
+    Variant {
+        input: InputKind::Plain,
+        output: OutputKind::Folded { skip: true },
+        act: Activation::Silu,
+        gradient: GradientKind::Plain { skip: true },
+        factors: false,
+    },
+    Variant {
+        input: InputKind::Silu,
+        output: OutputKind::Folded { skip: false },
+        act: Activation::Silu,
+        gradient: GradientKind::Silu,
+        factors: false,
+    },
+    Variant {
+        input: InputKind::Gated,
+        output: OutputKind::Folded { skip: true },
+        act: Activation::Identity,
+        gradient: GradientKind::Gated,
+        factors: false,
+    },
+];
+
+fn any_shape() -> impl Strategy<Value = (Shape, usize)> {
+    let shapes = prop_oneof![
+        prop::sample::select(SHAPES.to_vec()),
+        (1_usize..5, 1_usize..10, 1_usize..10, 1_usize..20, 1_usize..20).prop_map(|(n, h, w, c, o)| (
+            n,
+            h,
+            w,
+            8 * c,
+            8 * o
+        ))
+    ];
+    shapes.prop_map(|(n, h, w, c, o)| (Shape::new(n, h, w, c), o))
+}
+
+proptest! {
+    #![proptest_config(devices::cases(16))]
+
+    #[test]
+    fn every_direction_is_the_reference_s(
+        (shape, outputs) in any_shape(),
+        variant in prop::sample::select(VARIANTS.to_vec()),
+        seed in any::<u64>(),
+    ) {
+        let Some(device) = device() else { return Ok(()) };
+        check(&device, &Data::<f32>::random(shape, outputs, seed), variant);
+        check(&device, &Data::<f16>::random(shape, outputs, seed), variant);
+        check(&device, &Data::<bf16>::random(shape, outputs, seed), variant);
+    }
+}
+
+#[test]
+fn awkward_shapes_are_the_reference_s() {
+    let Some(device) = device() else { return };
+    for (i, (n, h, w, c, outputs)) in SHAPES.into_iter().enumerate() {
+        check(
+            &device,
+            &Data::<bf16>::random(Shape::new(n, h, w, c), outputs, 1),
+            VARIANTS[i % VARIANTS.len()],
+        );
+    }
+}
+
+/// Enough blocks for the wide tile in both directions, and pixels in more than 16 splits.
+const WIDE: (Shape, usize) = (Shape::new(2, 60, 71, 136), 136);
+
+#[test]
+fn wide_tiles_are_the_reference_s() {
+    let Some(device) = device() else { return };
+    let (shape, outputs) = WIDE;
+    let work = PointwiseWork::new(shape, outputs, Dtype::F16).unwrap();
+    assert!(work.fprop(InputKind::Silu, OutputKind::Moments).kernel.contains("wide"));
+    assert!(work.dgrad(GradientKind::Silu).kernel.contains("wide"));
+    check(&device, &Data::<f16>::random(shape, outputs, 3), VARIANTS[2]);
+}
+
+/// Every sum is of few small integers: f32 holds it, and the result is it, rounded to T.
+fn check_integers<T: Sample>(device: &Device, shape: Shape, outputs: usize, variant: Variant) {
+    let data = Data::<T>::integers(shape, outputs);
+    let actual = on_device(device, &data, variant);
+    let (out, c) = (data.out(), shape.c);
+    let weight = wide(&data.weight);
+    let exact = |value: f64| T::of(value as f32);
+    // SiLU is the identity of such arguments, which the oracle's sigmoid misses by a rounding.
+    let input = data.input(variant.input).value;
+    let input = tensor(shape, |i| (input.data()[i] * 2.0).round() / 2.0);
+    let y = reference::forward(&input, &weight, outputs);
+    let y = tensor(out, |i| match variant.output {
+        OutputKind::Folded { skip } => {
+            let before = y.data()[i] + at(&data.bias, i);
+            before + if skip { data.skip_y[i].wide() } else { 0.0 }
+        }
+        _ => y.data()[i],
+    });
+    assert_eq!(actual.y, y.data().iter().copied().map(exact).collect::<Vec<_>>(), "y");
+
+    let gradient = data.gradient(variant.factors).value;
+    let dx = reference::backward_input(&gradient, &weight, c);
+    let skip = |i: usize| match variant.gradient {
+        GradientKind::Plain { skip: true } => data.skip_x[i].wide(),
+        _ => 0.0,
+    };
+    let stored: Vec<T> = (0..shape.elements()).map(|i| exact(dx.data()[i] + skip(i))).collect();
+    assert_eq!(actual.dx, stored, "dx");
+    let mut dweight = vec![f64::from(BEFORE); c * outputs];
+    reference::backward_weight(&input, &gradient, &mut dweight);
+    assert_eq!(wide(&actual.dweight), dweight, "dweight");
+
+    let xhat = |i: usize| (data.x.y[i].wide() - at(&data.x.mean, i)) * at(&data.x.rstd, i);
+    let sum = |rows: std::ops::Range<usize>, k: usize, f: &dyn Fn(usize) -> f64| -> f64 {
+        rows.map(|row| f(row * c + k)).sum()
+    };
+    let dz_xhat = |i: usize| dx.data()[i] * xhat(i);
+    match variant.gradient {
+        GradientKind::Plain { .. } => {}
+        GradientKind::Silu => {
+            let all = |f: &dyn Fn(usize) -> f64| -> Vec<f64> {
+                (0..c).map(|k| f64::from(BEFORE) + sum(0..shape.pixels(), k, f)).collect()
+            };
+            assert_eq!(wide(&actual.dbeta), all(&|i| dx.data()[i]), "dbeta");
+            assert_eq!(wide(&actual.dgamma), all(&dz_xhat), "dgamma");
+        }
+        GradientKind::Gated => {
+            let pixels = shape.h * shape.w;
+            let active = |i: usize| dx.data()[i] * data.z(i);
+            let terms: [&dyn Fn(usize) -> f64; 5] = [&|i| dx.data()[i], &|_| 1.0, &dz_xhat, &xhat, &active];
+            let expected: Vec<f64> = (0..5 * shape.n * c)
+                .map(|i| {
+                    let image = i / c % shape.n;
+                    sum(image * pixels..(image + 1) * pixels, i % c, terms[i / c / shape.n])
+                })
+                .collect();
+            assert_eq!(wide(&actual.sums), expected, "sums");
+        }
+    }
+}
+
+#[test]
+fn integers_are_exact() {
+    let Some(device) = device() else { return };
+    for (i, (n, h, w, c, outputs)) in SHAPES.into_iter().enumerate() {
+        let shape = Shape::new(n, h, w, c);
+        // SiLU of what may be small is no integer.
+        let variant = Variant { act: Activation::Identity, ..VARIANTS[(i + 1) % VARIANTS.len()] };
+        check_integers::<f32>(&device, shape, outputs, variant);
+        check_integers::<f16>(&device, shape, outputs, variant);
+        check_integers::<bf16>(&device, shape, outputs, variant);
+    }
+    let (shape, outputs) = WIDE;
+    check_integers::<bf16>(&device, shape, outputs, VARIANTS[2]);
+}
+
+/// A block has several row tiles one after the other, the last run fewer, and the last tile is not full.
+#[test]
+fn long_runs_are_exact() {
+    let Some(device) = device() else { return };
+    let shape = Shape::new(1, 1, 512 * 128 + 700, 8);
+    check_integers::<bf16>(&device, shape, 8, Variant { input: InputKind::Plain, ..VARIANTS[2] });
+}
+
+/// The mean of y is a thousand times its deviation.
+#[test]
+fn a_large_mean_costs_the_variance_nothing() {
+    let Some(device) = device() else { return };
+    let shape = Shape::new(3, 9, 11, 8);
+    let mut data = Data::<f32>::random(shape, 16, 8);
+    for (i, weight) in data.weight.iter_mut().enumerate() {
+        *weight = if i % 8 == 0 { 1.0 } else { 1e-3 * *weight };
+    }
+    data.x.y.iter_mut().step_by(8).for_each(|y| *y = 100.0);
+    let variant = Variant { input: InputKind::Plain, ..VARIANTS[2] };
+    let actual = on_device(&device, &data, variant);
+    check_moments(&data, &actual);
+    let moments = batch_norm::moments(&Tensor::from_vec(data.out(), wide(&actual.y)).unwrap());
+    let share = |k: usize| moments.mean[k].abs() / moments.var[k].sqrt();
+    assert!((0..16).all(|k| share(k) > 1e4), "the mean is not large");
+}
+
+/// ⟨x Wᵀ, g⟩ = ⟨x, g W⟩ = ⟨W, gᵀ x⟩: the three directions are one operator.
+#[test]
+fn the_directions_are_adjoint() {
+    let Some(device) = device() else { return };
+    for (n, h, w, c, outputs) in [(2, 9, 8, 72, 136), (1, 13, 13, 24, 8)] {
+        let mut data = Data::<f32>::random(Shape::new(n, h, w, c), outputs, 11);
+        data.owed = [vec![1.0; outputs], vec![0.0; 2 * outputs]].concat();
+        let actual = on_device(&device, &data, VARIANTS[0]);
+        let dot = |a: &[f32], b: &[f32]| -> [f64; 2] {
+            let terms = || a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b));
+            [terms().sum(), terms().map(f64::abs).sum()]
+        };
+        let dweight: Vec<f32> = actual.dweight.iter().map(|v| v - BEFORE).collect();
+        let [forward, size] = dot(&actual.y, &data.g);
+        let bound = |terms: usize| (terms + 24) as f64 * EPSILON * size * 4.0;
+        close(dot(&data.x.y, &actual.dx)[0], forward, bound(c.max(outputs)), "dgrad");
+        close(dot(&data.weight, &dweight)[0], forward, bound(n * h * w), "wgrad");
+    }
+}
+
+#[test]
+fn results_repeat_bit_for_bit() {
+    let Some(device) = device() else { return };
+    for (shape, outputs, variant) in
+        [(Shape::new(5, 13, 17, 72), 200, VARIANTS[2]), (Shape::new(3, 12, 11, 72), 40, VARIANTS[1])]
+    {
+        let data = Data::<bf16>::random(shape, outputs, 4);
+        let run = |seed| {
+            if let Some(control) = device.host_control() {
+                control.shuffle(seed);
+            }
+            on_device(&device, &data, variant)
+        };
+        let first = run(0);
+        assert!(first == run(1));
+        assert!(first == run(2));
+    }
+}
+
+/// logits, dfeatures, dweight and dbias.
+fn classify<T: Sample>(
+    device: &Device,
+    [features, weight, dlogits]: [&[T]; 3],
+    bias: &[f32],
+    images: usize,
+) -> (Vec<T>, Vec<T>, Vec<f32>, Vec<f32>) {
+    let stream = device.compute();
+    let (width, classes) = (features.len() / images, bias.len());
+    let mut plan = Classifier::<T>::plan(device, images, width, classes).unwrap();
+    let mut workspace = Workspace::new(device, plan.workspace_floats()).unwrap();
+    let [x, w, d] = [features, weight, dlogits].map(|values| device.upload(values).unwrap());
+    let (x, w, d) = (x.as_view(), w.as_view(), d.as_view());
+    let bias = device.upload(bias).unwrap();
+    let mut logits = unwritten::<T>(device, images * classes);
+    let mut dfeatures = unwritten::<T>(device, images * width);
+    let mut gradients = [classes * width, classes].map(|length| {
+        let mut values = vec![BEFORE; length];
+        values.resize(length + elements::MARGIN, -123.0);
+        device.upload(&values).unwrap()
+    });
+    plan.fprop(stream, &x, &w, &bias.as_view(), &mut logits.slice_mut(..images * classes)).unwrap();
+    {
+        let [dweight, dbias] = &mut gradients;
+        let (mut dweight, mut dbias) = (dweight.slice_mut(..classes * width), dbias.slice_mut(..classes));
+        let mut dfeatures = dfeatures.slice_mut(..images * width);
+        plan.backward(stream, &x, &d, &w, &mut dfeatures, &mut dweight, &mut dbias, &mut workspace).unwrap();
+    }
+    let [dweight, dbias] = gradients.map(|gradient| written(device, &gradient));
+    (written(device, &logits), written(device, &dfeatures), dweight, dbias)
+}
+
+fn check_classifier<T: Sample>(device: &Device, images: usize, width: usize, classes: usize, integers: bool) {
+    let mut stream = Stream::new(9, 0, 0, Purpose::Init);
+    let mut numbers = |count: usize, reach: f64| -> Vec<T> {
+        let values = draw::<f32>(&mut stream, count, -reach, reach);
+        values.into_iter().map(|v| T::of(if integers { v.round() } else { v })).collect()
+    };
+    let (x, w, d) =
+        (numbers(images * width, 2.0), numbers(classes * width, 1.0), numbers(images * classes, 2.0));
+    let bias: Vec<f32> = numbers(classes, 3.0).iter().map(|v| v.wide() as f32).collect();
+    let (logits, dfeatures, dweight, dbias) = classify(device, [&x, &w, &d], &bias, images);
+    let of = |values: &[T], columns: usize, magnitude: bool| {
+        let value = |i: usize| values[i].wide();
+        let shape = Shape::new(images, 1, 1, columns);
+        tensor(shape, |i| if magnitude { value(i).abs() } else { value(i) })
+    };
+    let mut results = [false, true].map(|magnitude| {
+        let sign = |v: f64| if magnitude { v.abs() } else { v };
+        let weight: Vec<f64> = w.iter().map(|v| sign(v.wide())).collect();
+        let (x, d) = (of(&x, width, magnitude), of(&d, classes, magnitude));
+        let y = reference::forward(&x, &weight, classes);
+        let y = tensor(y.shape(), |i| y.data()[i] + sign(at(&bias, i)));
+        let (mut dweight, mut dbias) =
+            (vec![f64::from(BEFORE); classes * width], vec![f64::from(BEFORE); classes]);
+        reference::backward_weight(&x, &d, &mut dweight);
+        d.data().iter().enumerate().for_each(|(i, d)| dbias[i % classes] += d);
+        (y, reference::backward_input(&d, &weight, width), dweight, dbias)
+    });
+    let share = |terms: usize| if integers { 0.0 } else { (terms + 16) as f64 * EPSILON };
+    // What rounding to T alone makes of an exact result is known exactly.
+    let round = |v: f64| if integers { T::of(v as f32).wide() } else { v };
+    let [(y, dx, dw, db), (y_size, dx_size, dw_size, db_size)] = &mut results;
+    let compare = |actual: &[T], expected: &Tensor<f64>, size: &Tensor<f64>, terms: usize, what: &str| {
+        let bound = tensor(size.shape(), |i| share(terms) * size.data()[i]);
+        if integers {
+            assert_eq!(
+                wide(actual),
+                expected.data().iter().copied().map(round).collect::<Vec<_>>(),
+                "{what}"
+            );
+        } else {
+            check_elements(actual, expected, &bound, what);
+        }
+    };
+    compare(&logits, y, y_size, width, "logits");
+    compare(&dfeatures, dx, dx_size, classes, "dfeatures");
+    for (actual, expected, size, what) in [(&dweight, dw, dw_size, "dweight"), (&dbias, db, db_size, "dbias")]
+    {
+        assert_eq!(actual.len(), expected.len());
+        for (i, &actual) in actual.iter().enumerate() {
+            close(actual.into(), expected[i], share(images) * size[i], format_args!("{what} {i}"));
+        }
+    }
+}
+
+#[test]
+fn the_classifier_is_the_reference_s() {
+    let Some(device) = device() else { return };
+    for (images, width, classes) in [(1, 8, 1), (5, 64, 10), (3, 136, 64), (9, 16, 129), (130, 24, 7)] {
+        for integers in [false, true] {
+            check_classifier::<f32>(&device, images, width, classes, integers);
+            check_classifier::<f16>(&device, images, width, classes, integers);
+            check_classifier::<bf16>(&device, images, width, classes, integers);
+        }
+    }
+}
+
+#[test]
+fn work_is_described_without_a_device() {
+    let x = Shape::new(256, 19, 19, 160);
+    let work = PointwiseWork::new(x, 960, Dtype::Bf16).unwrap();
+    let fprop = work.fprop(InputKind::Plain, OutputKind::Moments);
+    assert_eq!(fprop.kernel, "pointwise_fprop_wide_bf16");
+    // 722 row tiles in 256 runs at most, and 8 groups of 128 outputs.
+    assert_eq!(fprop.grid, [241 * 8, 1, 1]);
+    let pixels = 256 * 19 * 19;
+    assert_eq!(fprop.cost.tensor_operations, 2 * pixels * 160 * 960);
+    let partial = 2 * 8 * 241 * 960;
+    assert_eq!(fprop.cost.bytes, 2 * (pixels * (160 + 960) + 160 * 960) + partial);
+    let dgrad = work.dgrad(GradientKind::Plain { skip: false });
+    assert_eq!(dgrad.kernel, "pointwise_dgrad_wide_bf16");
+    assert_eq!(dgrad.cost.bytes, 2 * (pixels * (160 + 2 * 960) + 160 * 960) + 12 * 960);
+    let wgrad = work.wgrad(InputKind::Plain);
+    // 15 x 2 tiles, 2888 steps of 32 pixels in 17 splits at most.
+    assert_eq!(wgrad.grid, [17 * 30, 1, 1]);
+    let partial = 8 * 17 * 30 * 64 * 128;
+    assert_eq!(wgrad.cost.bytes, 2 * pixels * (160 + 2 * 960) + 12 * 960 + 8 * 160 * 960 + partial);
+    let gated = PointwiseWork::new(x.with_channels(960), 160, Dtype::F32).unwrap().dgrad(GradientKind::Gated);
+    assert_eq!((gated.kernel.as_str(), gated.grid), ("pointwise_dgrad_gated_f32", [256 * 15, 1, 1]));
+    assert_eq!(work.fprop(InputKind::Plain, OutputKind::Plain).kernel, fprop.kernel);
+    // Few rows, few columns or f32: narrow tiles.
+    for (x, outputs, dtype) in
+        [(Shape::new(1, 7, 7, 160), 960, Dtype::F16), (x, 64, Dtype::F16), (x, 960, Dtype::F32)]
+    {
+        let work = PointwiseWork::new(x, outputs, dtype).unwrap();
+        assert!(work.fprop(InputKind::Plain, OutputKind::Plain).kernel.contains("narrow"));
+    }
+    // A block of these has to find place on every GPU from sm_80 on: 99 KB at most.
+    for work in [fprop, dgrad, wgrad, gated] {
+        assert!(work.shared <= 99 * 1024, "{} needs {} bytes", work.kernel, work.shared);
+    }
+}
+
+#[test]
+fn impossible_plans_are_refused() {
+    let Some(device) = device() else { return };
+    let good = Shape::new(2, 3, 3, 16);
+    for (shape, outputs) in [
+        (Shape { n: 0, ..good }, 16),
+        (Shape { c: 12, ..good }, 16),
+        (Shape { w: usize::MAX, ..good }, 16),
+        (Shape { n: 1 << 27, h: 1, w: 1, ..good }, 16),
+        (Shape::new(1, 1, 1, 65_536), 65_536),
+        (good, 0),
+        (good, 12),
+        (good, usize::MAX - 7),
+    ] {
+        let plan = Pointwise::<f32>::plan(&device, shape, outputs);
+        assert!(matches!(plan, Err(Error::Shape { .. })), "{shape}, {outputs}");
+    }
+    for (images, features, classes) in
+        [(0, 8, 3), (2, 12, 3), (2, 8, 0), (2, 8, usize::MAX), (1 << 27, 16, 3)]
+    {
+        let plan = Classifier::<f32>::plan(&device, images, features, classes);
+        assert!(matches!(plan, Err(Error::Shape { .. })), "{images}, {features}, {classes}");
+    }
+}
+
+/// Each buffer of each operation one element too long or too short, or overlapping what is written, or a workspace that is
+/// too small: an error, and nothing is written.
+#[test]
+fn unfit_buffers_are_refused_before_anything_runs() {
+    let Some(device) = device() else { return };
+    let stream = device.compute();
+    let shape = Shape::new(2, 3, 3, 16);
+    let plan = Pointwise::<f32>::plan(&device, shape, 24).unwrap();
+    let (x, y, weights) = (288, 432, 384);
+    let input = device.zeros::<f32>(1024).unwrap();
+    let mut outputs: Vec<_> = (0..4).map(|_| device.zeros::<f32>(1024).unwrap()).collect();
+    let mut fits = Workspace::new(&device, plan.workspace_floats()).unwrap();
+    let mut small = Workspace::new(&device, 31).unwrap();
+    // Number 99 is right in everything.
+    for wrong in (0..23).chain([99]) {
+        let length = |number: usize, count: usize| count + usize::from(number == wrong);
+        let read = |number: usize, count: usize| input.slice(..length(number, count));
+        let (values, norm, gate, weight) = (read(0, x), read(1, 64), read(2, 32), read(3, weights));
+        let (g, gy, owed, factors) = (read(4, y), read(5, y), read(6, 72), read(7, 2));
+        let (bias, skip_y, skip_x) = (read(8, 24), read(9, y), read(22, x));
+        let (gamma, beta) = (read(10, 24), read(11, 24));
+        let gated = Input::Gated { y: &values, norm: &norm, gate: &gate };
+        let gradient = GradientView { g: &g, y: &gy, owed: &owed, arrival: Arrival::Factors(&factors) };
+        let result = |touched: &[usize], result: effnetv2::Result<()>| match result {
+            Ok(()) => assert!(!touched.contains(&wrong), "buffer {wrong} was taken"),
+            Err(Error::Shape { .. }) => assert!(touched.contains(&wrong), "buffer {wrong} was refused"),
+            Err(error) => panic!("{error}"),
+        };
+        let [first, second, third, fourth] = &mut outputs[..] else { unreachable!() };
+        let (mut whole, mut y_view) = (first.as_view_mut(), second.slice_mut(..length(12, y)));
+        {
+            let (mut mean, mut others) = whole.split_at_mut(64);
+            let (mut var, mut others) = others.split_at_mut(64);
+            let output = Output::Moments(Statistics {
+                gamma: &gamma,
+                beta: &beta,
+                running_mean: &mut mean.slice_mut(..length(13, 24)),
+                running_var: &mut var.slice_mut(..length(14, 24)),
+                norm: &mut others.slice_mut(..length(15, 96)),
+                epsilon: BN_EPSILON,
+                momentum: MOMENTUM,
+                variance: VarianceEstimator::Biased,
+            });
+            let outcome = plan.fprop(stream, gated, &weight, &mut y_view, output, &mut fits);
+            result(&[0, 1, 2, 3, 10, 11, 12, 13, 14, 15], outcome);
+        }
+        let folded = Output::Folded { bias: &bias, act: Activation::Silu, skip: Some(&skip_y) };
+        let outcome = plan.fprop(stream, Input::Plain(&values), &weight, &mut y_view, folded, &mut fits);
+        result(&[0, 3, 8, 9, 12], outcome);
+
+        let mut dx = third.slice_mut(..length(16, x));
+        {
+            let (mut dgamma, mut others) = whole.split_at_mut(64);
+            let (mut dbeta, mut others) = others.split_at_mut(64);
+            let debt = Debt {
+                norm: &norm,
+                dgamma: &mut dgamma.slice_mut(..length(17, 16)),
+                dbeta: &mut dbeta.slice_mut(..length(18, 16)),
+                owed: &mut others.slice_mut(..length(19, 48)),
+            };
+            let output = GradientOutput::Silu { y: &values, debt };
+            let outcome = plan.dgrad(stream, gradient, &weight, &mut dx, output, &mut fits);
+            result(&[0, 1, 3, 4, 5, 6, 7, 16, 17, 18, 19], outcome);
+        }
+        let mut sums = whole.slice_mut(..length(20, 160));
+        let output = GradientOutput::Gated { y: &values, norm: &norm, sums: &mut sums };
+        let outcome = plan.dgrad(stream, gradient, &weight, &mut dx, output, &mut fits);
+        result(&[0, 1, 3, 4, 5, 6, 7, 16, 20], outcome);
+        let output = || GradientOutput::Plain { skip: Some(&skip_x) };
+        result(&[3, 4, 5, 6, 7, 16, 22], plan.dgrad(stream, gradient, &weight, &mut dx, output(), &mut fits));
+        let outcome = plan.dgrad(stream, gradient, &weight, &mut dx, output(), &mut small);
+        assert!(matches!(outcome, Err(Error::Shape { .. })), "a small workspace was taken");
+        let mut dweight = fourth.slice_mut(..length(21, weights));
+        let outcome = plan.wgrad(stream, gated, gradient, &mut dweight, &mut fits);
+        result(&[0, 1, 2, 4, 5, 6, 7, 21], outcome);
+        let output = GradientOutput::Plain { skip: Some(&skip_x) };
+        let outcome =
+            plan.backward(stream, gated, gradient, &weight, &mut dx, &mut dweight, output, &mut fits);
+        result(&[0, 1, 2, 3, 4, 5, 6, 7, 16, 21, 22], outcome);
+        if wrong == 99 {
+            let through = Arrival::Gated { norm: &owed, gate: &gate, dpool: &gate };
+            let gradient = GradientView { arrival: through, ..gradient };
+            let outcome = plan.wgrad(stream, Input::Plain(&values), gradient, &mut dweight, &mut fits);
+            assert!(matches!(outcome, Err(Error::Shape { .. })), "a gate was taken");
+        }
+    }
+}
+
+#[test]
+fn unfit_buffers_of_the_classifier_are_refused() {
+    let Some(device) = device() else { return };
+    let stream = device.compute();
+    let mut plan = Classifier::<f32>::plan(&device, 3, 16, 5).unwrap();
+    let mut workspace = Workspace::new(&device, plan.workspace_floats()).unwrap();
+    let input = device.zeros::<f32>(256).unwrap();
+    for wrong in 0..8 {
+        let length = |number: usize, count: usize| count + usize::from(number == wrong);
+        let read = |number: usize, count: usize| input.slice(..length(number, count));
+        let (features, weight, bias, dlogits) = (read(0, 48), read(1, 80), read(2, 5), read(3, 15));
+        let mut outputs: Vec<_> = (0..4).map(|_| device.zeros::<f32>(128).unwrap()).collect();
+        {
+            let [logits, dfeatures, dweight, dbias] = &mut outputs[..] else { unreachable!() };
+            let mut logits = logits.slice_mut(..length(4, 15));
+            let outcome = plan.fprop(stream, &features, &weight, &bias, &mut logits);
+            assert_eq!(matches!(outcome, Err(Error::Shape { .. })), [0, 1, 2, 4].contains(&wrong), "{wrong}");
+            let (mut dfeatures, mut dweight, mut dbias) = (
+                dfeatures.slice_mut(..length(5, 48)),
+                dweight.slice_mut(..length(6, 80)),
+                dbias.slice_mut(..length(7, 5)),
+            );
+            let outcome = plan.backward(
+                stream,
+                &features,
+                &dlogits,
+                &weight,
+                &mut dfeatures,
+                &mut dweight,
+                &mut dbias,
+                &mut workspace,
+            );
+            assert_eq!(matches!(outcome, Err(Error::Shape { .. })), ![2, 4].contains(&wrong), "{wrong}");
+        }
+        if ![2, 4].contains(&wrong) {
+            for output in &outputs[1..] {
+                assert_eq!(device.read(output).unwrap(), vec![0.0; 128], "{wrong}");
+            }
+        }
+    }
+}
+
+#[test]
+fn on_a_gpu() {
+    again_on_a_gpu("on_a_gpu");
+}

@@ -6,7 +6,7 @@
 //! the gaps between them do not count. So it is a floor and no forecast: real code stays above it.
 
 use crate::nn::{BlockKind, BlockSpec, NetworkSpec};
-use crate::tensor::Dtype;
+use crate::tensor::{Conv, ConvKind, Dtype, Shape};
 use serde::Serialize;
 
 /// What one launch moves and computes at least.
@@ -60,8 +60,8 @@ impl Ceiling {
     }
 }
 
-/// One convolution of a block, for one image.
-struct Layer {
+/// One convolution, for one image.
+pub(super) struct Layer {
     /// Elements read.
     input: usize,
     /// Elements written.
@@ -74,6 +74,19 @@ struct Layer {
 }
 
 impl Layer {
+    /// `conv` with `weights` weights on an input of `x`'s rows, columns and channels.
+    pub(super) fn of(conv: &Conv, weights: usize, x: Shape, from_raw: bool) -> Self {
+        let pixels = conv.output_side(x.h) * conv.output_side(x.w);
+        Self {
+            input: x.h * x.w * conv.inputs,
+            output: pixels * conv.outputs,
+            weights,
+            macs: weights * pixels,
+            depthwise: conv.kind == ConvKind::Depthwise,
+            from_raw,
+        }
+    }
+
     fn least(
         &self,
         tensors: usize,
@@ -90,26 +103,29 @@ impl Layer {
         }
     }
 
-    fn forward(&self, images: usize, element: usize) -> Least {
+    pub(super) fn forward(&self, images: usize, element: usize) -> Least {
         self.least(self.input + self.output, self.weights * element, self.macs, images, element)
     }
 
     /// Gradients of input and weights; `skip` elements are added to the former. A gradient arrives as g and the raw
     /// output that it belongs to.
-    fn backward(&self, skip: usize, images: usize, element: usize) -> Vec<Least> {
+    pub(super) fn backward(&self, skip: usize, images: usize, element: usize) -> Vec<Least> {
         let Self { input, output, weights, macs, .. } = *self;
         let gradient = 2 * output;
-        // The weights' gradient is f32, and added to what is there.
-        let accumulated = 8 * weights;
         if self.depthwise {
-            let tensors = gradient + 2 * input + skip;
+            let (tensors, accumulated) = (gradient + 2 * input + skip, 8 * weights);
             return vec![self.least(tensors, weights * element + accumulated, 2 * macs, images, element)];
         }
         let producer = if self.from_raw { input } else { 0 };
         vec![
             self.least(gradient + input + producer + skip, weights * element, macs, images, element),
-            self.least(gradient + input, accumulated, macs, images, element),
+            self.backward_weights(images, element),
         ]
+    }
+
+    /// The gradient of the weights alone, which is f32 and added to what is there.
+    pub(super) fn backward_weights(&self, images: usize, element: usize) -> Least {
+        self.least(2 * self.output + self.input, 8 * self.weights, self.macs, images, element)
     }
 }
 
@@ -152,7 +168,8 @@ fn layers(block: &BlockSpec, side: usize) -> Vec<Layer> {
     }
 }
 
-const fn moved(elements: usize, images: usize, element: usize) -> Least {
+/// So many elements an image, read or written once.
+pub(super) const fn moved(elements: usize, images: usize, element: usize) -> Least {
     Least { bytes: (elements * images * element) as u64, dense: 0, other: 0 }
 }
 
@@ -203,8 +220,7 @@ pub fn training_step(network: &NetworkSpec, size: usize, images: usize, dtype: D
     let stem = dense(3, network.stem, 27 * network.stem, size * size, pixels);
     let mut launches = vec![stem.forward(images, element), moved(2 * stem.output, images, element)];
     let (mut backward, mut channels) = (Vec::new(), network.stem);
-    // The stem's input needs no gradient.
-    backward.extend(stem.backward(0, images, element).pop());
+    backward.push(stem.backward_weights(images, element));
     backward.push(moved(3 * stem.output, images, element));
     for block in network.stages.iter().flat_map(|stage| &stage.blocks) {
         launches.extend(block_forward(block, side, images, dtype));

@@ -35,6 +35,19 @@ pub struct OperationResult {
     /// Operations a second, where they are convolutions': two for each multiply-add.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub operations_per_second: Option<f64>,
+    /// On a GPU: the least bytes of a call, over its time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes_per_second: Option<f64>,
+    /// On a GPU whose ceiling is known: the least time of a call, over its time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub of_floor: Option<f64>,
+}
+
+impl OperationResult {
+    /// Milliseconds of a step that all its calls take beyond the least they could: what there is to win.
+    pub fn over_floor(&self) -> Option<f64> {
+        Some(self.calls as f64 * self.time.median * (1.0 - self.of_floor?))
+    }
 }
 
 /// Times the operations of training steps: one step to warm up, then one a round. The costliest come first.
@@ -78,7 +91,11 @@ fn summarise(settings: &Settings, rounds: &[Vec<(Call, f64)>]) -> Vec<OperationR
         let calls = rounds.first().map_or(0, |round| one(round).0);
         let time = Milliseconds::of(&means);
         let Shape { n, h, w, c } = kind.input;
-        let rate = kind.operations as f64 / (time.median / 1e3);
+        let seconds = time.median / 1e3;
+        let rate = kind.operations as f64 / seconds;
+        let bytes: u64 = kind.least.iter().map(|least| least.bytes).sum();
+        let counted = settings.count_bytes && bytes > 0;
+        let ceiling = settings.ceiling.filter(|_| counted);
         results.push(OperationResult {
             kind: "op".into(),
             model: settings.network.name.clone(),
@@ -91,6 +108,8 @@ fn summarise(settings: &Settings, rounds: &[Vec<(Call, f64)>]) -> Vec<OperationR
             time,
             share: calls as f64 * time.median,
             operations_per_second: (kind.operations > 0).then_some(rate),
+            bytes_per_second: counted.then_some(bytes as f64 / seconds),
+            of_floor: ceiling.map(|ceiling| ceiling.seconds(&kind.least, settings.dtype) / seconds),
         });
     }
     let total: f64 = results.iter().map(|result| result.share).sum();
@@ -101,6 +120,7 @@ fn summarise(settings: &Settings, rounds: &[Vec<(Call, f64)>]) -> Vec<OperationR
 
 #[cfg(test)]
 mod tests {
+    use super::super::floor::{Ceiling, Least};
     use super::super::timing::{Effort, HostClock};
     use super::*;
     use crate::model::{self, Architecture};
@@ -109,7 +129,7 @@ mod tests {
 
     fn settings() -> Settings {
         let network = Architecture::find("nano").unwrap().network(10);
-        Settings { network, size: 32, batch: 2, dtype: Dtype::F32, ceiling: None }
+        Settings { network, size: 32, batch: 2, dtype: Dtype::F32, count_bytes: false, ceiling: None }
     }
 
     #[test]
@@ -169,6 +189,7 @@ mod tests {
             layer: "l".into(),
             input: Shape::new(1, side, side, 8),
             operations: 1000,
+            least: vec![Least { bytes: 6000, dense: 1000, other: 0 }],
         };
         let round = |a, b, c| vec![(call("conv", 4), a), (call("conv", 2), b), (call("conv", 4), c)];
         let rounds = [round(0.001, 0.010, 0.003), round(0.002, 0.012, 0.004), round(0.003, 0.014, 0.005)];
@@ -177,5 +198,13 @@ mod tests {
         assert_eq!((results[0].time.median, results[1].time.median), (12.0, 3.0));
         assert!((results[0].share - 12.0 / 18.0).abs() < 1e-12);
         assert!((results[1].operations_per_second.unwrap() - 1000.0 / 0.003).abs() < 1e-6);
+        assert_eq!((results[1].bytes_per_second, results[1].of_floor), (None, None), "not on a GPU");
+        let ceiling = Ceiling { bandwidth: 4e6, tensor: 1e12, plain: 1e12 };
+        let results =
+            summarise(&Settings { count_bytes: true, ceiling: Some(ceiling), ..settings() }, &rounds);
+        // 6000 bytes take 1.5 ms at least, twice a step.
+        assert!((results[1].bytes_per_second.unwrap() - 2e6).abs() < 1e-3);
+        assert!((results[1].of_floor.unwrap() - 0.5).abs() < 1e-9);
+        assert!((results[1].over_floor().unwrap() - 3.0).abs() < 1e-9);
     }
 }

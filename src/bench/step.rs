@@ -33,6 +33,8 @@ pub struct Settings {
     pub batch: usize,
     /// The element type of tensors.
     pub dtype: Dtype,
+    /// Whether bytes are counted: only for the dataflow of the kernels does the count hold.
+    pub count_bytes: bool,
     /// What the GPU reaches, if known.
     pub ceiling: Option<Ceiling>,
 }
@@ -195,7 +197,7 @@ pub fn run<B: Backend, C: Clock>(
     });
     backend.discard_sent();
     let time = time?;
-    let &Settings { size, batch, dtype, ref network, ceiling } = settings;
+    let &Settings { size, batch, dtype, ref network, ceiling, .. } = settings;
     let total = summarise(network, size).total;
     let floor = |ceiling: Ceiling| ceiling.seconds(&training_step(network, size, batch, dtype), dtype);
     let of_floor = |seconds: f64| seconds / (time.median / 1e3);
@@ -227,7 +229,8 @@ mod tests {
     fn both_passes_are_measured() {
         let network = Architecture::find("nano").unwrap().network(10);
         let ceiling = Some(Ceiling { bandwidth: 1e12, tensor: 1e14, plain: 1e13 });
-        let settings = Settings { network, size: 32, batch: 2, dtype: Dtype::F32, ceiling };
+        let settings =
+            Settings { network, size: 32, batch: 2, dtype: Dtype::F32, count_bytes: false, ceiling };
         let mut backend = Reference::<f32>::new();
         let effort = Effort { rounds: 2, round_seconds: 0.0, warm_up_seconds: 0.0 };
         let mut bench = Bench { backend: &mut backend, clock: &HostClock, effort, cache: 0 };
@@ -242,7 +245,8 @@ mod tests {
     #[test]
     fn a_step_trains() {
         let network = Architecture::find("nano").unwrap().network(10);
-        let settings = Settings { network, size: 32, batch: 2, dtype: Dtype::F32, ceiling: None };
+        let settings =
+            Settings { network, size: 32, batch: 2, dtype: Dtype::F32, count_bytes: false, ceiling: None };
         let mut backend = Reference::<f32>::new();
         let effort = Effort { rounds: 1, round_seconds: 0.0, warm_up_seconds: 0.0 };
         let mut bench = Bench { backend: &mut backend, clock: &HostClock, effort, cache: 0 };

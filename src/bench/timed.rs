@@ -1,6 +1,7 @@
 //! A backend that does what another does and times every operation, so that a training step shows where its time goes:
 //! each operation on the shapes, and with the caches as cold, as the step has them.
 
+use super::floor::{Layer, Least, moved};
 use super::timing::Clock;
 use crate::backend::{
     Activation, Backend, Classifier, ConvNorm, DropPath, Gradient, Load, Memory, Mode, Normalisation, Raw,
@@ -24,6 +25,8 @@ pub(super) struct Call {
     pub(super) input: Shape,
     /// Multiply-adds times two.
     pub(super) operations: u64,
+    /// The least it moves and computes; empty where that is not counted.
+    pub(super) least: Vec<Least>,
 }
 
 /// A tensor of the backend within, on its own or as part of a raw output.
@@ -101,36 +104,66 @@ impl<'a, B: Backend, C: Clock> Timed<'a, B, C> {
         Ok(done)
     }
 
-    /// A call that has to do with a convolution; `passes` is how often its multiply-adds are done.
-    fn convolution(
-        &self,
-        operation: &'static str,
-        layer: &ConvNorm,
-        x: Shape,
-        reads: &str,
-        passes: u64,
-    ) -> Call {
+    /// A call that has to do with a convolution.
+    fn convolution(&self, operation: &'static str, layer: &ConvNorm, x: Shape, extra: Extra) -> Call {
         let conv = &layer.conv;
         let kind = match conv.kind {
             ConvKind::Dense => "dense",
             ConvKind::Depthwise => "depthwise",
             ConvKind::Pointwise => "pointwise",
         };
-        let (k, stride) = (conv.kernel, conv.stride);
-        let stride = if stride == 1 { String::new() } else { format!(" /{stride}") };
-        let layer_words = format!("{kind} {k}×{k} {}→{}{stride}{reads}", conv.inputs, conv.outputs);
-        let pixels = conv.output_side(x.h) * conv.output_side(x.w) * x.n;
-        let operations = passes * 2 * (layer.weight.len() * pixels) as u64;
-        Call { operation, layer: layer_words, input: x, operations }
+        let stride = if conv.stride == 1 { String::new() } else { format!(" /{}", conv.stride) };
+        let k = conv.kernel;
+        let words = format!("{kind} {k}×{k} {}→{}{stride}{}", conv.inputs, conv.outputs, extra.words());
+        let counted = Layer::of(conv, layer.weight.len(), x, matches!(extra, Extra::Silu | Extra::Gated));
+        let element = self.inner.dtype().bytes();
+        let least = match operation {
+            "conv" => vec![counted.forward(x.n, element)],
+            "conv_backward_weights" => vec![counted.backward_weights(x.n, element)],
+            _ => {
+                let skip = if extra == Extra::Skip { x.h * x.w * x.c } else { 0 };
+                counted.backward(skip, x.n, element)
+            }
+        };
+        let operations = least.iter().map(|least| least.dense + least.other).sum();
+        Call { operation, layer: words, input: x, operations, least }
     }
 
-    fn on(&self, operation: &'static str, x: &Held<B>, layer: String) -> Call {
-        Call { operation, layer, input: self.inner.shape(x.get()), operations: 0 }
+    /// A call that moves `times` tensors of the size of `x`.
+    fn on(&self, operation: &'static str, x: &Held<B>, layer: String, times: usize) -> Call {
+        let input = self.inner.shape(x.get());
+        let elements = times * input.h * input.w * input.c;
+        let least = vec![moved(elements, input.n, self.inner.dtype().bytes())];
+        Call { operation, layer, input, operations: 0, least }
     }
 
     /// A call on flat buffers.
     fn flat(operation: &'static str) -> Call {
-        Call { operation, layer: "all".into(), input: Shape::new(1, 1, 1, 1), operations: 0 }
+        let (layer, input) = ("all".into(), Shape::new(1, 1, 1, 1));
+        Call { operation, layer, input, operations: 0, least: Vec::new() }
+    }
+}
+
+/// What a convolution does beside convolving.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Extra {
+    None,
+    /// Its input owes batch norm and SiLU.
+    Silu,
+    /// And a gate.
+    Gated,
+    /// The gradient of a skip connection is added to that of its input.
+    Skip,
+}
+
+impl Extra {
+    const fn words(self) -> &'static str {
+        match self {
+            Self::None => "",
+            Self::Silu => ", silu",
+            Self::Gated => ", gated",
+            Self::Skip => ", skip",
+        }
     }
 }
 
@@ -250,10 +283,10 @@ impl<B: Backend, C: Clock> Backend for Timed<'_, B, C> {
     fn input(&mut self) -> Result<Held<B>> {
         let from = self.clock.mark()?;
         let x = self.inner.input()?;
-        let input = self.inner.shape(&x);
-        let call = Call { operation: "input", layer: "normalise, mix".into(), input, operations: 0 };
+        let x = Held::Own(x);
+        let call = self.on("input", &x, "normalise, mix".into(), 1);
         self.calls.push((call, from, self.clock.mark()?));
-        Ok(Held::Own(x))
+        Ok(x)
     }
 
     fn conv_norm(
@@ -263,12 +296,12 @@ impl<B: Backend, C: Clock> Backend for Timed<'_, B, C> {
         _: &mut Variables<Self>,
         mode: Mode,
     ) -> Result<Raw<Self>> {
-        let (load, shape, reads) = match x {
-            Load::Plain(x) => (Load::Plain(x.get()), self.shape(x), ""),
-            Load::Silu(y) => (Load::Silu(raw(y)), self.shape(&y.y), ", silu"),
-            Load::Gated(y, gate) => (Load::Gated(raw(y), gate), self.shape(&y.y), ", gated"),
+        let (load, shape, extra) = match x {
+            Load::Plain(x) => (Load::Plain(x.get()), self.shape(x), Extra::None),
+            Load::Silu(y) => (Load::Silu(raw(y)), self.shape(&y.y), Extra::Silu),
+            Load::Gated(y, gate) => (Load::Gated(raw(y), gate), self.shape(&y.y), Extra::Gated),
         };
-        let call = self.convolution("conv", layer, shape, reads, 1);
+        let call = self.convolution("conv", layer, shape, extra);
         self.time(call, |inner, state| inner.conv_norm(layer, load, &mut state.vars, mode)).map(wrap)
     }
 
@@ -278,7 +311,7 @@ impl<B: Backend, C: Clock> Backend for Timed<'_, B, C> {
         x: &Raw<Self>,
         _: &mut Variables<Self>,
     ) -> Result<B::Gate> {
-        let call = self.on("squeeze_excite", &x.y, squeeze(layer));
+        let call = self.on("squeeze_excite", &x.y, squeeze(layer), 1);
         self.time(call, |inner, state| inner.squeeze_excite(layer, raw(x), &mut state.vars))
     }
 
@@ -289,7 +322,8 @@ impl<B: Backend, C: Clock> Backend for Timed<'_, B, C> {
         skip: Option<&Held<B>>,
         drop: Option<DropPath>,
     ) -> Result<Held<B>> {
-        let call = self.on("merge", &branch.y, words(act, skip.is_some(), drop));
+        let tensors = if skip.is_some() { 3 } else { 2 };
+        let call = self.on("merge", &branch.y, words(act, skip.is_some(), drop), tensors);
         let skip = skip.map(Held::get);
         self.time(call, |inner, _| inner.merge(raw(branch), act, skip, drop)).map(Held::Own)
     }
@@ -301,7 +335,7 @@ impl<B: Backend, C: Clock> Backend for Timed<'_, B, C> {
         dropout: f64,
         _: &mut Variables<Self>,
     ) -> Result<B::Head> {
-        let call = self.on("head", &x.y, dense(layer));
+        let call = self.on("head", &x.y, dense(layer), 1);
         self.time(call, |inner, state| inner.head(layer, raw(x), dropout, &mut state.vars))
     }
 
@@ -324,7 +358,7 @@ impl<B: Backend, C: Clock> Backend for Timed<'_, B, C> {
         head: &B::Head,
         _: &mut Variables<Self>,
     ) -> Result<(Held<B>, B::Owed)> {
-        let call = self.on("head_backward", &x.1.y, dense(layer));
+        let call = self.on("head_backward", &x.1.y, dense(layer), 2);
         let work = |inner: &mut B, state: &mut State<B>| {
             inner.head_backward(layer, (x.0, raw(x.1)), head, &mut state.vars)
         };
@@ -339,7 +373,8 @@ impl<B: Backend, C: Clock> Backend for Timed<'_, B, C> {
         grad: &Held<B>,
         _: &mut Variables<Self>,
     ) -> Result<(Option<Held<B>>, B::Owed)> {
-        let call = self.on("merge_backward", grad, words(act, false, drop));
+        let tensors = if act == Activation::Silu { 3 } else { 2 };
+        let call = self.on("merge_backward", grad, words(act, false, drop), tensors);
         let work = |inner: &mut B, state: &mut State<B>| {
             inner.merge_backward((branch.0, raw(branch.1)), act, drop, grad.get(), &mut state.vars)
         };
@@ -354,8 +389,8 @@ impl<B: Backend, C: Clock> Backend for Timed<'_, B, C> {
         skip: Option<&Held<B>>,
         _: &mut Variables<Self>,
     ) -> Result<Held<B>> {
-        let reads = if skip.is_some() { ", skip" } else { "" };
-        let call = self.convolution("conv_backward", layer, self.shape(x), reads, 2);
+        let extra = if skip.is_some() { Extra::Skip } else { Extra::None };
+        let call = self.convolution("conv_backward", layer, self.shape(x), extra);
         let (grad, skip) = (gradient(&grad), skip.map(Held::get));
         self.time(call, |inner, state| inner.conv_backward(layer, x.get(), grad, skip, &mut state.vars))
             .map(Held::Own)
@@ -368,7 +403,7 @@ impl<B: Backend, C: Clock> Backend for Timed<'_, B, C> {
         grad: Gradient<'_, Self>,
         _: &mut Variables<Self>,
     ) -> Result<()> {
-        let call = self.convolution("conv_backward_weights", layer, self.shape(x), "", 1);
+        let call = self.convolution("conv_backward_weights", layer, self.shape(x), Extra::None);
         let grad = gradient(&grad);
         self.time(call, |inner, state| inner.conv_backward_weights(layer, x.get(), grad, &mut state.vars))
     }
@@ -381,7 +416,7 @@ impl<B: Backend, C: Clock> Backend for Timed<'_, B, C> {
         _: &mut Variables<Self>,
     ) -> Result<(Held<B>, B::Owed)> {
         let shape = self.shape(&producer.1.y);
-        let call = self.convolution("conv_backward", layer, shape, ", silu", 2);
+        let call = self.convolution("conv_backward", layer, shape, Extra::Silu);
         let (producer, grad) = ((producer.0, raw(producer.1)), gradient(&grad));
         let work = |inner: &mut B, state: &mut State<B>| {
             inner.conv_backward_silu(layer, producer, grad, &mut state.vars)
@@ -398,7 +433,7 @@ impl<B: Backend, C: Clock> Backend for Timed<'_, B, C> {
         _: &mut Variables<Self>,
     ) -> Result<(Held<B>, B::Owed)> {
         let shape = self.shape(&producer.1.y);
-        let call = self.convolution("conv_backward", layer, shape, ", gated", 2);
+        let call = self.convolution("conv_backward", layer, shape, Extra::Gated);
         let (producer, grad) = ((producer.0, raw(producer.1)), gradient(&grad));
         let work = |inner: &mut B, state: &mut State<B>| {
             inner.conv_backward_gated(layer, producer, gate, grad, &mut state.vars)

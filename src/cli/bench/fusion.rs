@@ -3,7 +3,6 @@
 use super::{Common, Job, Site, milliseconds, rate, spread, table};
 use crate::Result;
 use crate::bench::fusion::{FusedKernel, FusionResult, PUBLISHED, fuse, rows, run};
-use crate::bench::step::Settings;
 use crate::bench::{Bench, Measured};
 use crate::cli::output::say;
 use crate::cli::progress::bar;
@@ -63,7 +62,7 @@ impl Job for Args {
         let mut results = Vec::new();
         for fused in fused_stages {
             let network = fuse(&architecture, fused, kernel).network(1000);
-            let settings = Settings { network, size, batch, dtype: site.dtype, ceiling: site.ceiling };
+            let settings = site.settings(network, size, batch);
             results.push(run(bench, &settings, fused)?);
             bar.inc(1);
         }

@@ -10,8 +10,10 @@ use super::output::say;
 use crate::bench::floor::Ceiling;
 use crate::bench::machine::{Machine, commit};
 use crate::bench::record::Report;
+use crate::bench::step::Settings;
 use crate::bench::timing::{Effort, Milliseconds};
 use crate::bench::{Bench, Measured};
+use crate::nn::NetworkSpec;
 use crate::report::bars::Bars;
 use crate::report::table::{Column, Table};
 use crate::tensor::Dtype;
@@ -172,6 +174,12 @@ impl<J: Job> Work for Measurement<'_, J> {
 }
 
 impl Site {
+    /// Those of a step here.
+    fn settings(&self, network: NetworkSpec, size: usize, batch: usize) -> Settings {
+        let &Self { dtype, ceiling, on_gpu: count_bytes, .. } = self;
+        Settings { network, size, batch, dtype, count_bytes, ceiling }
+    }
+
     /// Writes figures and chart, and says where they are.
     fn leave<R: Serialize>(&self, results: Vec<R>, bars: &Bars) -> Result<()> {
         let [json, svg] = ["json", "svg"].map(|ending| self.folder.join(format!("{}.{ending}", self.name)));

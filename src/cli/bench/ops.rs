@@ -3,7 +3,6 @@
 use super::{Common, Job, Site, milliseconds, spread, table};
 use crate::Result;
 use crate::bench::operations::{OperationResult, run};
-use crate::bench::step::Settings;
 use crate::bench::{Bench, Measured};
 use crate::cli::output::say;
 use crate::model::Architecture;
@@ -44,20 +43,10 @@ impl Job for Args {
         let rounds = bench.effort.rounds;
         say!("{name}, {size} px, batch {batch}, {}, {rounds} training steps\n", site.dtype.suffix())?;
         let network = architecture.network(1000);
-        let settings = Settings { network, size, batch, dtype: site.dtype, ceiling: site.ceiling };
+        let settings = site.settings(network, size, batch);
         let results = run(bench, &settings)?;
         let shown = &results[..self.top.min(results.len())];
-        let columns = vec![
-            Column::left("operation"),
-            Column::left("layer"),
-            Column::right("input"),
-            Column::right("calls"),
-            Column::right("ms a call"),
-            Column::right("spread"),
-            Column::right("share"),
-            Column::right("rate"),
-        ];
-        say!("{}", table::<8>(columns, shown.iter().map(row).collect())?)?;
+        print(shown, site)?;
         let rest: f64 = results[shown.len()..].iter().map(|result| result.share).sum();
         if shown.len() < results.len() {
             let more = results.len() - shown.len();
@@ -70,19 +59,45 @@ impl Job for Args {
     }
 }
 
-fn row(result: &OperationResult) -> Vec<String> {
-    let [n, h, w, c] = result.input;
-    let is_tensor = [n, h, w, c] != [1; 4];
-    vec![
-        result.operation.clone(),
-        result.layer.clone(),
-        if is_tensor { format!("{n}×{h}×{w}×{c}") } else { String::new() },
-        result.calls.to_string(),
-        milliseconds(result.time.median),
-        spread(&result.time),
-        format!("{:.1} %", 100.0 * result.share),
-        result.operations_per_second.map_or_else(String::new, |rate| si(rate, "FLOP/s")),
-    ]
+fn print(results: &[OperationResult], site: &Site) -> Result<()> {
+    let mut columns = vec![
+        Column::left("operation"),
+        Column::left("layer"),
+        Column::right("input"),
+        Column::right("calls"),
+        Column::right("ms a call"),
+        Column::right("spread"),
+        Column::right("share"),
+        Column::right("rate"),
+    ];
+    let row = |result: &OperationResult| {
+        let [n, h, w, c] = result.input;
+        let is_tensor = [n, h, w, c] != [1; 4];
+        let mut cells = vec![
+            result.operation.clone(),
+            result.layer.clone(),
+            if is_tensor { format!("{n}×{h}×{w}×{c}") } else { String::new() },
+            result.calls.to_string(),
+            milliseconds(result.time.median),
+            spread(&result.time),
+            format!("{:.1} %", 100.0 * result.share),
+            result.operations_per_second.map_or_else(String::new, |rate| si(rate, "FLOP/s")),
+        ];
+        if site.on_gpu {
+            cells.push(result.bytes_per_second.map_or_else(String::new, |rate| si(rate, "B/s")));
+            cells.push(result.of_floor.map_or_else(String::new, |share| format!("{:.0} %", 100.0 * share)));
+            cells.push(result.over_floor().map_or_else(String::new, milliseconds));
+        }
+        cells
+    };
+    let rows = results.iter().map(row).collect();
+    match site.on_gpu {
+        true => {
+            columns.extend(["memory", "of floor", "ms over it"].map(Column::right));
+            say!("{}", table::<11>(columns, rows)?)
+        }
+        false => say!("{}", table::<8>(columns, rows)?),
+    }
 }
 
 fn chart(results: &[OperationResult], site: &Site, name: &str) -> Bars {

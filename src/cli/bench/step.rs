@@ -3,7 +3,7 @@
 use super::{Common, Job, Site, milliseconds, rate, spread, table};
 use crate::Result;
 use crate::bench::machine::{forget_peak, peak_resident};
-use crate::bench::step::{Pass, Settings, StepResult, run};
+use crate::bench::step::{Pass, StepResult, run};
 use crate::bench::{Bench, Measured};
 use crate::cli::output::say;
 use crate::cli::progress::bar;
@@ -73,7 +73,7 @@ impl Job for Args {
         for &size in &sizes {
             for &pass in passes {
                 let network = architecture.network(self.classes as usize);
-                let settings = Settings { network, size, batch, dtype: site.dtype, ceiling: site.ceiling };
+                let settings = site.settings(network, size, batch);
                 forget_peak();
                 let mut result = run(bench, &settings, pass)?;
                 result.mode = bench.backend.mode().into();

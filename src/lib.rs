@@ -46,6 +46,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod backend;
+pub mod bench;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod data;

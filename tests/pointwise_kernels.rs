@@ -223,6 +223,9 @@ fn on_device<T: Sample>(device: &Device, data: &Data<T>, variant: Variant) -> Ou
     }
 }
 
+/// Of an element: its value, or a bound.
+type Term<'a> = &'a dyn Fn(usize) -> f64;
+
 /// An operand as the oracle has it: values, numbers not smaller than them, and the share of these numbers by which what
 /// the kernel multiplies may differ.
 struct Operand {
@@ -449,7 +452,7 @@ fn check<T: Sample>(device: &Device, data: &Data<T>, variant: Variant) {
             };
             let slope_xhat = |i: usize| slope(i) * xhat(i);
             let slope_xhat_bound = |i: usize| (slope_error(i) + 4.0 * EPSILON) * xhat_size(i);
-            let terms: [(&dyn Fn(usize) -> f64, &dyn Fn(usize) -> f64); 5] = [
+            let terms: [(Term<'_>, Term<'_>); 5] = [
                 (&value_dz, &bound_dz),
                 (&slope, &slope_error),
                 (&value_dz_xhat, &bound_dz_xhat),

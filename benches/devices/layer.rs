@@ -101,7 +101,7 @@ impl Vectors {
     }
 
     /// Hands `work` the normalisation, and what becomes of the sums of its gradient.
-    pub(crate) fn debt<R>(&mut self, work: impl FnOnce(&CudaView<'_, f32>, Debt<'_, '_>) -> R) -> R {
+    pub(crate) fn debt<'a, R>(&'a mut self, work: impl FnOnce(&CudaView<'a, f32>, Debt<'_, 'a>) -> R) -> R {
         let norm = self.norm.as_view();
         let (mut dgamma, mut dbeta) = (self.dgamma.as_view_mut(), self.dbeta.as_view_mut());
         let mut owed = self.owed.as_view_mut();

@@ -29,11 +29,11 @@
 //     Columns columns(unsigned c) const;              // c may be out of range: then anything may be returned
 //     void transform(float (&x)[4], const float (&second)[4], const Row&, const Columns&) const;
 //
-// row() is asked once for each row tile where r is a row of the operand, and in every step where it is a k or the loader
-// transforms and does not keep rows; place() and columns() in every step. Everything comes by cp.async, `stages - 1` steps ahead, without a register held; a loader that
-// transforms does it in shared memory one step before the product, each thread the pieces that it fetched, so that no
-// barrier is added and a value is made once for a block. What is outside stays zero: transform() never sees it.
-// GemmMatrix below is the loader of a plain matrix.
+// row() is asked once for each row tile where r is a row of the operand, and in every step where it is a k or the
+// loader transforms and does not keep rows; place() and columns() in every step. Everything comes by cp.async,
+// `stages - 1` steps ahead, without a register held; a loader that transforms does it in shared memory one step before
+// the product, each thread the pieces that it fetched, so that no barrier is added and a value is made once for a block.
+// What is outside stays zero: transform() never sees it. GemmMatrix below is the loader of a plain matrix.
 //
 // Epilogues. A warp turns its part of the tile, 16 or 8 rows at a time, through its own piece of shared memory, after which
 // a lane has eight neighbouring columns of a row, so that all global accesses are of 16 bytes:

@@ -1,7 +1,7 @@
 //! What a command computes on: the flags, the device they lead to, and the line that says so.
 
 use super::output::say;
-use crate::backend::Backend;
+use crate::bench::Measured;
 use crate::reference::Reference;
 use crate::tensor::Dtype;
 use crate::{Error, Result};
@@ -86,7 +86,7 @@ pub(super) trait Work {
     type Output;
 
     /// Does it.
-    fn on<B: Backend<Element = f32>>(self, backend: B) -> Result<Self::Output>;
+    fn on<B: Measured>(self, backend: B) -> Result<Self::Output>;
 }
 
 impl Compute {

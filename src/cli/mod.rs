@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bench;
 mod compute;
 mod demo;
 mod devices;
@@ -20,7 +21,7 @@ use clap::{Parser, Subcommand};
 use output::note;
 use std::process::ExitCode;
 
-/// EfficientNetV2: train, evaluate, predict.
+/// EfficientNetV2: train, evaluate, predict, measure.
 #[derive(Debug, Parser)]
 #[command(name = "effnetv2", version, max_term_width = 110)]
 #[command(after_help = "Start here:  effnetv2 demo")]
@@ -39,6 +40,7 @@ enum Command {
     Summary(summary::Args),
     #[cfg(feature = "cuda")]
     Plan(plan::Args),
+    Bench(bench::Args),
     /// Show the NVIDIA driver, the GPUs and the kernels built for them.
     Devices(devices::Args),
 }
@@ -53,6 +55,7 @@ pub fn main() -> ExitCode {
         Command::Summary(args) => summary::run(&args),
         #[cfg(feature = "cuda")]
         Command::Plan(args) => plan::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Devices(args) => devices::run(&args),
     };
     match outcome {

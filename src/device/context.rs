@@ -7,7 +7,9 @@ use super::probe::{self, Gpu};
 use super::{Element, HostControl, transfer};
 use crate::{Error, Result};
 use cudarc::driver::sys::{CUevent_flags, CUmemPool_attribute};
-use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError, result};
+use cudarc::driver::{
+    CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError, result,
+};
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -222,11 +224,26 @@ impl Device {
     /// # Errors
     /// Those of `work`, and [`Error::Driver`].
     pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
-        let doing = || "time the GPU's work".to_owned();
-        let mark = || self.compute().record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).doing(doing);
-        let start = mark()?;
+        let start = self.mark()?;
         work()?;
-        let milliseconds = start.elapsed_ms(&mark()?).doing(doing)?;
+        self.between(&start, &self.mark()?)
+    }
+
+    /// The moment when all that was asked of [`compute`](Self::compute) so far is done.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn mark(&self) -> Result<Mark> {
+        let event = self.compute().record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
+        event.map(Mark).doing(|| "time the GPU's work".to_owned())
+    }
+
+    /// The time from one moment to a later one, by the GPU's own clock; waits for the later.
+    ///
+    /// # Errors
+    /// [`Error::Driver`], also for what went wrong in between.
+    pub fn between(&self, from: &Mark, to: &Mark) -> Result<Duration> {
+        let milliseconds = from.0.elapsed_ms(&to.0).doing(|| "time the GPU's work".to_owned())?;
         Ok(Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) / 1e3))
     }
 
@@ -235,6 +252,10 @@ impl Device {
         self.is_host().then(HostControl::new)
     }
 }
+
+/// A moment in the order of a GPU's work.
+#[derive(Debug)]
+pub struct Mark(CudaEvent);
 
 /// By default freed memory goes back to the system whenever the GPU is waited for, and comes back slowly.
 fn keep_freed_memory(context: &Arc<CudaContext>) -> Result<(), DriverError> {

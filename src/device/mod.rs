@@ -29,7 +29,7 @@ mod staging;
 mod transfer;
 
 pub use arena::{Arena, Block, Layout};
-pub use context::Device;
+pub use context::{Device, Mark};
 pub use cudarc;
 pub use graph::Graph;
 pub use host::{HostControl, HostKernel};

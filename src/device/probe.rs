@@ -71,6 +71,8 @@ pub struct Gpu {
     pub multiprocessors: u32,
     /// Threads that one of them can hold.
     pub threads_per_multiprocessor: u32,
+    /// Bytes of the cache that all of them share.
+    pub cache: usize,
 }
 
 /// What [`survey`] finds.
@@ -140,6 +142,7 @@ fn gpu(ordinal: usize) -> Result<Gpu> {
         memory: unsafe { result::device::total_mem(device) }.doing(doing)?,
         multiprocessors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
         threads_per_multiprocessor: attribute(A::CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR)?,
+        cache: attribute(A::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
     })
 }
 

@@ -112,6 +112,11 @@ fn count_block(block: &BlockSpec, side: usize) -> (LayerCount, usize) {
     (count, out)
 }
 
+/// What one block costs on an image whose input to it is `side` pixels wide.
+pub fn block_count(block: &BlockSpec, side: usize) -> LayerCount {
+    count_block(block, side).0
+}
+
 /// What `network` costs on one image of `size` × `size` pixels.
 pub fn summarise(network: &NetworkSpec, size: usize) -> Summary {
     let mut side = size.div_ceil(2);

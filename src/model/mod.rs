@@ -10,7 +10,7 @@ mod names;
 pub mod weights;
 
 pub use architecture::{Architecture, StageTemplate, WidthRounding};
-pub use count::{LayerCount, StageCount, Summary, summarise};
+pub use count::{LayerCount, StageCount, Summary, block_count, summarise};
 pub use dataflow::{Dataflow, Traffic, traffic};
 pub use init::initial_values;
 pub use names::{Naming, torchvision_name};

@@ -5,12 +5,14 @@
 
 #![forbid(unsafe_code)]
 
+mod block;
 mod fused_mbconv;
 mod layout;
 mod mbconv;
 mod network;
 mod spec;
 
+pub use block::{Block, BlockTape};
 pub use fused_mbconv::FusedMbConv;
 pub use layout::{ALIGNMENT, Entry, Layout, Role};
 pub use mbconv::MbConv;

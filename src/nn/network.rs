@@ -1,8 +1,8 @@
 //! Stem, blocks, head: the whole network.
 
 use super::layout::Layout;
-use super::spec::{BlockKind, NetworkSpec};
-use super::{FusedMbConv, MbConv, fused_mbconv, mbconv};
+use super::spec::NetworkSpec;
+use super::{Block, BlockTape};
 use crate::Result;
 use crate::backend::{
     Activation, Backend, Classifier, ConvNorm, Gradient, Load, Mode, Normalisation, PassKind, Raw, State,
@@ -11,19 +11,6 @@ use crate::backend::{
 use crate::data::MixPlan;
 use crate::optimizer::{Rule, Scalars, Step};
 use crate::tensor::{Conv, ConvKind};
-
-/// One block of either kind.
-#[derive(Clone, Debug, PartialEq)]
-enum Block {
-    Fused(Box<FusedMbConv>),
-    Mb(Box<MbConv>),
-}
-
-#[derive(Debug)]
-enum BlockTape<B: Backend> {
-    Fused(fused_mbconv::Tape<B>),
-    Mb(mbconv::Tape<B>),
-}
 
 /// A network: its layers and where their values lie.
 #[derive(Clone, Debug, PartialEq)]
@@ -67,20 +54,8 @@ impl Network {
         let mut blocks = Vec::new();
         for (i, stage) in spec.stages.iter().enumerate() {
             for (j, block) in stage.blocks.iter().enumerate() {
-                let (name, index) = (format!("blocks.{i}.{j}"), blocks.len());
-                blocks.push(match block.kind {
-                    BlockKind::FusedMbConv => Block::Fused(Box::new(FusedMbConv::new(
-                        &name,
-                        index,
-                        block,
-                        padding,
-                        &norm,
-                        &mut layout,
-                    ))),
-                    BlockKind::MbConv => {
-                        Block::Mb(Box::new(MbConv::new(&name, index, block, padding, &norm, &mut layout)))
-                    }
-                });
+                let name = format!("blocks.{i}.{j}");
+                blocks.push(Block::new(&name, blocks.len(), block, padding, &norm, &mut layout));
             }
         }
         let last = spec.stages.last().and_then(|s| s.blocks.last()).map_or(spec.stem, |b| b.outputs);
@@ -109,11 +84,8 @@ impl Network {
 
     /// Every convolution, in forward order.
     pub fn convolutions(&self) -> impl Iterator<Item = &ConvNorm> {
-        let blocks = self.blocks.iter().flat_map(|block| match block {
-            Block::Fused(b) => vec![b.expand.as_ref(), Some(&b.project)],
-            Block::Mb(b) => vec![b.expand.as_ref(), Some(&b.depthwise), Some(&b.project)],
-        });
-        std::iter::once(&self.stem).chain(blocks.flatten()).chain(std::iter::once(&self.head))
+        let blocks = self.blocks.iter().flat_map(Block::convolutions);
+        std::iter::once(&self.stem).chain(blocks).chain(std::iter::once(&self.head))
     }
 
     /// Logits of the images `x` (n × side × side × 3, normalised). [`Mode::Train`] keeps what
@@ -136,16 +108,7 @@ impl Network {
         let stem = keep.then_some(stem);
         let mut tapes = Vec::new();
         for block in &self.blocks {
-            let (out, tape) = match block {
-                Block::Fused(block) => {
-                    let (out, tape) = block.forward(backend, &current, vars, mode)?;
-                    (out, BlockTape::Fused(tape))
-                }
-                Block::Mb(block) => {
-                    let (out, tape) = block.forward(backend, &current, vars, mode)?;
-                    (out, BlockTape::Mb(tape))
-                }
-            };
+            let (out, tape) = block.forward(backend, &current, vars, mode)?;
             let input = std::mem::replace(&mut current, out);
             if keep {
                 inputs.push(input);
@@ -284,13 +247,7 @@ impl Network {
         drop((features, dz, input));
         for (block, tape) in self.blocks.iter().zip(tapes).rev() {
             let x = inputs.pop().expect("each block's input was kept");
-            grad = match (block, tape) {
-                (Block::Fused(block), BlockTape::Fused(tape)) => {
-                    block.backward(backend, &x, tape, &grad, vars)?
-                }
-                (Block::Mb(block), BlockTape::Mb(tape)) => block.backward(backend, &x, tape, &grad, vars)?,
-                _ => unreachable!("a tape is of the kind of its block"),
-            };
+            grad = block.backward(backend, &x, tape, &grad, vars)?;
         }
         let images = inputs.pop().expect("the images were kept");
         let (dz, owed) = backend.merge_backward((&self.stem, &stem), Activation::Silu, None, &grad, vars)?;

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod axis;
+pub mod bars;
 mod canvas;
 pub mod confusion;
 pub mod curves;

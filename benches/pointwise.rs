@@ -33,16 +33,22 @@ fn fprop(set: &mut Set) -> Result<()> {
 
 fn dgrad(set: &mut Set) -> Result<()> {
     let Layer { device, x, dx, y, g, weight, input, output, sums, workspace, .. } = &mut set.layer;
-    let (x, weight, mut dx, mut sums) = (x.as_view(), weight.as_view(), dx.as_view_mut(), sums.as_view_mut());
-    gradient((g, y, output), |gradient| {
-        input.debt(|norm, debt| {
-            let output = match set.kind {
-                InputKind::Plain => GradientOutput::Plain { skip: None },
-                InputKind::Silu => GradientOutput::Silu { y: &x, debt },
-                InputKind::Gated => GradientOutput::Gated { y: &x, norm, sums: &mut sums },
-            };
-            set.plan.dgrad(device.compute(), gradient, &weight, &mut dx, output, workspace)
-        })
+    let (x, weight, mut dx) = (x.as_view(), weight.as_view(), dx.as_view_mut());
+    let (plan, stream) = (&set.plan, device.compute());
+    gradient((g, y, output), |gradient| match set.kind {
+        InputKind::Plain => {
+            let output = GradientOutput::Plain { skip: None };
+            plan.dgrad(stream, gradient, &weight, &mut dx, output, workspace)
+        }
+        InputKind::Silu => input.debt(|_, debt| {
+            let output = GradientOutput::Silu { y: &x, debt };
+            plan.dgrad(stream, gradient, &weight, &mut dx, output, workspace)
+        }),
+        InputKind::Gated => {
+            let (norm, mut sums) = (input.norm.as_view(), sums.as_view_mut());
+            let output = GradientOutput::Gated { y: &x, norm: &norm, sums: &mut sums };
+            plan.dgrad(stream, gradient, &weight, &mut dx, output, workspace)
+        }
     })
 }
 

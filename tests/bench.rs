@@ -1,6 +1,5 @@
 //! `effnetv2 bench` as its users meet it, on networks small enough for a test.
 
-#[allow(dead_code, reason = "runs are only started and read here")]
 mod runs;
 
 use effnetv2::bench::blocks::BlockResult;

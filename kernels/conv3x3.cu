@@ -290,9 +290,9 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
     const ConvPixels<T> columns{x, shape, end};
     const GemmWalk walk{tile / grid.column_tiles * Tile::bm, 1, tile % grid.column_tiles * Tile::bn, first,
                         (end - first + Tile::bk - 1) / Tile::bk};
-    WeightEpilogue<Tile> epilogue{dweight, partial, outputs, width, grid.splits == 1};
+    WeightEpilogue<Tile> epilogue{dweight, partial, outputs, width, blockIdx.x, grid.splits == 1};
     gemm<Tile, Major::rows, Major::rows>(rows, columns, walk, epilogue);
-    if (grid.splits > 1) add_partial<Tile>(dweight, outputs, width, grid, partial, counters);
+    if (grid.splits > 1) add_partial<Tile>(dweight, outputs, width, grid, blockIdx.x, partial, counters);
 }
 
 } // namespace

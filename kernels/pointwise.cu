@@ -15,6 +15,9 @@
 //   it is rounded. Grid images * groups: a block has all pixels of its image.
 // pointwise_wgrad: dW += dy^T x. Grid splits * tiles as in WeightGrid: pixels are cut into `splits`, a block has one of them
 //   and one tile of dW. Least bytes: g, its y, x and twice dW; with splits their partial tiles, written and read.
+// pointwise_backward: both gradients in one launch, the blocks of pointwise_dgrad and then those of pointwise_wgrad; so they
+//   fill the GPU together, and a layer's backward costs one launch. pointwise_backward_gated: with pointwise_dgrad_gated,
+//   `grid.runs` being the images. Least bytes: those of both.
 // pointwise_classifier_bias: dbias [classes] += the sums of dlogits [images, classes] over images, and, where rows of
 //   dlogits are not aligned, a copy of it with rows of `pitch` elements, 0 from `classes` on. Grid ceil(pitch / 32), block
 //   256. The classifier is otherwise pointwise_fprop with a bias, _dgrad and _wgrad.
@@ -54,8 +57,8 @@ __device__ __forceinline__ void dgrad(const GemmGradient<T>& dy, const T* weight
 
 template <class Tile, class T>
 __device__ __forceinline__ void dgrad_gated(GemmGradient<T> dy, const T* weight, const GradientTarget<T>& to,
-                                            unsigned inputs, unsigned groups, float* sums) {
-    const unsigned image = blockIdx.x / groups, pixels = dy.pixels.divisor, images = gridDim.x / groups;
+                                            unsigned inputs, unsigned images, unsigned groups, float* sums) {
+    const unsigned image = blockIdx.x / groups, pixels = dy.pixels.divisor;
     const unsigned first = blockIdx.x % groups * Tile::bn;
     dy.height = (image + 1) * pixels;
     const GemmMatrix<T> columns{weight, dy.width, inputs};
@@ -70,16 +73,33 @@ __device__ __forceinline__ void dgrad_gated(GemmGradient<T> dy, const T* weight,
 
 template <class Tile, class T>
 __device__ __forceinline__ void wgrad(GemmGradient<T> dy, GemmInput<T> x, float* dweight, const WeightGrid& grid,
-                                      float* partial, unsigned* counters) {
+                                      unsigned block, float* partial, unsigned* counters) {
     const unsigned tiles = grid.row_tiles * grid.column_tiles, outputs = dy.width, inputs = x.width;
-    const unsigned tile = blockIdx.x % tiles, first = blockIdx.x / tiles * grid.steps * Tile::bk;
+    const unsigned tile = block % tiles, first = block / tiles * grid.steps * Tile::bk;
     const unsigned end = min(dy.height, first + grid.steps * Tile::bk);
     dy.height = x.height = end;
     const GemmWalk walk{tile / grid.column_tiles * Tile::bm, 1, tile % grid.column_tiles * Tile::bn, first,
                         (end - first + Tile::bk - 1) / Tile::bk};
-    WeightEpilogue<Tile> epilogue{dweight, partial, outputs, inputs, grid.splits == 1};
+    WeightEpilogue<Tile> epilogue{dweight, partial, outputs, inputs, block, grid.splits == 1};
     gemm<Tile, Major::rows, Major::rows>(dy, x, walk, epilogue);
-    if (grid.splits > 1) add_partial<Tile>(dweight, outputs, inputs, grid, partial, counters);
+    if (grid.splits > 1) add_partial<Tile>(dweight, outputs, inputs, grid, block, partial, counters);
+}
+
+/// The input's blocks come first; behind their partial sums and counters lie those of the weights.
+template <class Tile, bool gated, class T>
+__device__ __forceinline__ void backward(const GemmGradient<T>& dy, const T* weight, const GradientTarget<T>& to,
+                                         const GemmInput<T>& x, float* dweight, const GemmGrid& grid,
+                                         const WeightGrid& weights, const OwedFinish& owed, float* sums,
+                                         float* partial, unsigned* counters) {
+    const unsigned blocks = grid.runs * grid.groups;
+    if (blockIdx.x >= blocks) {
+        partial += gated ? 0 : 2 * grid.runs * x.width;
+        return wgrad<Weights<T>>(dy, x, dweight, weights, blockIdx.x - blocks, partial, counters + grid.groups);
+    }
+    if constexpr (gated)
+        dgrad_gated<Tile>(dy, weight, to, x.width, grid.runs, grid.groups, sums);
+    else
+        dgrad<Tile>(dy, weight, to, x.width, grid, owed, partial, counters);
 }
 
 /// A column for each of 32 threads, its rows over 8.
@@ -129,8 +149,8 @@ __device__ __forceinline__ void classifier_bias(const T* dlogits, T* padded, flo
 #define EFFNETV2_POINTWISE_GATED(suffix, T, Tile, blocks)                                                    \
     extern "C" __global__ void __launch_bounds__(threads, blocks) pointwise_dgrad_gated_##suffix(            \
         const GemmGradient<T> dy, const T* weight, const GradientTarget<T> dx, unsigned inputs,              \
-        unsigned groups, float* sums) {                                                                      \
-        dgrad_gated<Tile<T>>(dy, weight, dx, inputs, groups, sums);                                          \
+        const GemmGrid grid, float* sums) {                                                                  \
+        dgrad_gated<Tile<T>>(dy, weight, dx, inputs, grid.runs, grid.groups, sums);                          \
     }                                                                                                        \
     EFFNETV2_KERNEL(pointwise_dgrad_gated_##suffix)
 
@@ -138,9 +158,18 @@ __device__ __forceinline__ void classifier_bias(const T* dlogits, T* padded, flo
     extern "C" __global__ void __launch_bounds__(threads, blocks)                                            \
         pointwise_wgrad_##suffix(const GemmGradient<T> dy, const GemmInput<T> x, float* dweight,             \
                                  const WeightGrid grid, float* partial, unsigned* counters) {                \
-        wgrad<Tile<T>>(dy, x, dweight, grid, partial, counters);                                             \
+        wgrad<Tile<T>>(dy, x, dweight, grid, blockIdx.x, partial, counters);                                 \
     }                                                                                                        \
     EFFNETV2_KERNEL(pointwise_wgrad_##suffix)
+
+#define EFFNETV2_POINTWISE_BACKWARD(suffix, T, Tile, gated)                                                  \
+    extern "C" __global__ void __launch_bounds__(threads, 2) pointwise_backward_##suffix(                    \
+        const GemmGradient<T> dy, const T* weight, const GradientTarget<T> dx, const GemmInput<T> x,         \
+        float* dweight, const GemmGrid grid, const WeightGrid weights, const OwedFinish owed, float* sums,   \
+        float* partial, unsigned* counters) {                                                                \
+        backward<Tile<T>, gated>(dy, weight, dx, x, dweight, grid, weights, owed, sums, partial, counters);  \
+    }                                                                                                        \
+    EFFNETV2_KERNEL(pointwise_backward_##suffix)
 
 #define EFFNETV2_POINTWISE_BIAS(suffix, T)                                                                   \
     extern "C" __global__ void __launch_bounds__(threads)                                                    \
@@ -154,12 +183,15 @@ __device__ __forceinline__ void classifier_bias(const T* dlogits, T* padded, flo
     EFFNETV2_POINTWISE_FPROP(narrow_##suffix, T, Narrow, 2)                                                  \
     EFFNETV2_POINTWISE_DGRAD(narrow_##suffix, T, Narrow, 2)                                                  \
     EFFNETV2_POINTWISE_GATED(suffix, T, Narrow, 2)                                                           \
-    EFFNETV2_POINTWISE_WGRAD(suffix, T, Weights, 2)                                                           \
+    EFFNETV2_POINTWISE_WGRAD(suffix, T, Weights, 2)                                                          \
+    EFFNETV2_POINTWISE_BACKWARD(narrow_##suffix, T, Narrow, false)                                           \
+    EFFNETV2_POINTWISE_BACKWARD(gated_##suffix, T, Narrow, true)                                             \
     EFFNETV2_POINTWISE_BIAS(suffix, T)
 
 #define EFFNETV2_POINTWISE_WIDE(suffix, T)                                                                   \
     EFFNETV2_POINTWISE_FPROP(wide_##suffix, T, Wide, 2)                                                      \
-    EFFNETV2_POINTWISE_DGRAD(wide_##suffix, T, Wide, 2)
+    EFFNETV2_POINTWISE_DGRAD(wide_##suffix, T, Wide, 2)                                                      \
+    EFFNETV2_POINTWISE_BACKWARD(wide_##suffix, T, Wide, false)
 
 EFFNETV2_POINTWISE(f32, float)
 EFFNETV2_POINTWISE(f16, f16)

@@ -148,11 +148,7 @@ fn on_device<T: Sample>(device: &Device, data: &Data<T>, variant: Variant) -> Ou
     let (factors, bias) = (vector(&data.factors), vector(&data.bias));
     let (gamma, beta) = (vector(&data.gamma), vector(&data.beta));
     let (mut running_mean, mut running_var) = (vector(&vec![RUNNING.0; o]), vector(&vec![RUNNING.1; o]));
-    let (mut y, mut dx) = (unwritten::<T>(device, out.elements()), unwritten::<T>(device, shape.elements()));
-    let (mut new_norm, mut new_owed) = (unwritten::<f32>(device, 4 * o), unwritten::<f32>(device, 3 * c));
-    let mut sums = unwritten::<f32>(device, 5 * shape.n * c);
-    let (mut dgamma, mut dbeta) = (vector(&vec![BEFORE; c]), vector(&vec![BEFORE; c]));
-    let mut dweight = vector(&vec![BEFORE; c * o]);
+    let (mut y, mut new_norm) = (unwritten::<T>(device, out.elements()), unwritten::<f32>(device, 4 * o));
 
     let (x, weight, norm, gate) = (x.as_view(), weight.as_view(), norm.as_view(), gate.as_view());
     let (skip_x, skip_y, bias) = (skip_x.as_view(), skip_y.as_view(), bias.as_view());
@@ -190,36 +186,53 @@ fn on_device<T: Sample>(device: &Device, data: &Data<T>, variant: Variant) -> Ou
         };
         plan.fprop(stream, input, &weight, &mut views.3, output, &mut workspace).unwrap();
     }
-    {
-        let mut views = (
-            dgamma.as_view_mut(),
-            dbeta.as_view_mut(),
-            new_owed.slice_mut(..3 * c),
-            sums.slice_mut(..5 * shape.n * c),
-            dx.slice_mut(..shape.elements()),
-            dweight.as_view_mut(),
-        );
-        let output = match variant.gradient {
-            GradientKind::Plain { skip } => GradientOutput::Plain { skip: skip.then_some(&skip_x) },
-            GradientKind::Silu => GradientOutput::Silu {
-                y: &x,
-                debt: Debt { norm: &norm, dgamma: &mut views.0, dbeta: &mut views.1, owed: &mut views.2 },
-            },
-            GradientKind::Gated => GradientOutput::Gated { y: &x, norm: &norm, sums: &mut views.3 },
-        };
-        let (dx, dweight) = (&mut views.4, &mut views.5);
-        plan.backward(stream, input, gradient, &weight, dx, dweight, output, &mut workspace).unwrap();
-    }
+    let mut backward = |in_one: bool| {
+        let mut dx = unwritten::<T>(device, shape.elements());
+        let mut new_owed = unwritten::<f32>(device, 3 * c);
+        let mut sums = unwritten::<f32>(device, 5 * shape.n * c);
+        let (mut dgamma, mut dbeta) = (vector(&vec![BEFORE; c]), vector(&vec![BEFORE; c]));
+        let mut dweight = vector(&vec![BEFORE; c * o]);
+        {
+            let mut views = (
+                dgamma.as_view_mut(),
+                dbeta.as_view_mut(),
+                new_owed.slice_mut(..3 * c),
+                sums.slice_mut(..5 * shape.n * c),
+                dx.slice_mut(..shape.elements()),
+                dweight.as_view_mut(),
+            );
+            let output = match variant.gradient {
+                GradientKind::Plain { skip } => GradientOutput::Plain { skip: skip.then_some(&skip_x) },
+                GradientKind::Silu => GradientOutput::Silu {
+                    y: &x,
+                    debt: Debt { norm: &norm, dgamma: &mut views.0, dbeta: &mut views.1, owed: &mut views.2 },
+                },
+                GradientKind::Gated => GradientOutput::Gated { y: &x, norm: &norm, sums: &mut views.3 },
+            };
+            let (dx, dweight, workspace) = (&mut views.4, &mut views.5, &mut workspace);
+            if in_one {
+                plan.backward(stream, input, gradient, &weight, dx, dweight, output, workspace).unwrap();
+            } else {
+                plan.wgrad(stream, input, gradient, dweight, workspace).unwrap();
+                plan.dgrad(stream, gradient, &weight, dx, output, workspace).unwrap();
+            }
+        }
+        let vectors = [dgamma, dbeta, dweight].map(|v| device.read(&v).unwrap());
+        (written(device, &dx), written(device, &new_owed), written(device, &sums), vectors)
+    };
+    let gradients = backward(true);
+    assert_eq!(gradients, backward(false), "in one launch and in two");
+    let (dx, owed, sums, [dgamma, dbeta, dweight]) = gradients;
     Outcome {
         y: written(device, &y),
         norm: written(device, &new_norm),
         running: [running_mean, running_var].map(|v| device.read(&v).unwrap()),
-        dx: written(device, &dx),
-        dgamma: device.read(&dgamma).unwrap(),
-        dbeta: device.read(&dbeta).unwrap(),
-        owed: written(device, &new_owed),
-        sums: written(device, &sums),
-        dweight: device.read(&dweight).unwrap(),
+        dx,
+        dgamma,
+        dbeta,
+        owed,
+        sums,
+        dweight,
     }
 }
 

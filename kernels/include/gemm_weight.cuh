@@ -20,6 +20,8 @@ template <class Tile> struct WeightEpilogue {
     };
     float *dweight, *partial;
     unsigned height, width;
+    /// The block's number among those of the gradient.
+    unsigned block;
     bool add;
 
     __device__ __forceinline__ Extra prefetch(unsigned row, unsigned column) const {
@@ -29,7 +31,7 @@ template <class Tile> struct WeightEpilogue {
     }
     __device__ __forceinline__ void store(unsigned row, unsigned column, float (&x)[8], const Extra& extra) {
         if (!add)
-            return store8(partial + (blockIdx.x * Tile::bm + row % Tile::bm) * Tile::bn + column % Tile::bn, x);
+            return store8(partial + (block * Tile::bm + row % Tile::bm) * Tile::bn + column % Tile::bn, x);
         if (row >= height || column >= width) return;
         float before[8];
         unpack8(extra.before, before);
@@ -53,12 +55,12 @@ __device__ __forceinline__ float4 sum_partial(const float* partial, unsigned cou
     return sum;
 }
 
-/// Adds the partial tiles of all splits to dW.
+/// Adds the partial tiles of all splits to dW; `block` is the block's number among those of the gradient.
 template <class Tile>
 __device__ __forceinline__ void add_partial(float* dweight, unsigned outputs, unsigned inputs, const WeightGrid& grid,
-                                            float* partial, unsigned* counters) {
+                                            unsigned block, float* partial, unsigned* counters) {
     constexpr unsigned elements = Tile::bm * Tile::bn;
-    const unsigned tiles = grid.row_tiles * grid.column_tiles, tile = blockIdx.x % tiles, split = blockIdx.x / tiles;
+    const unsigned tiles = grid.row_tiles * grid.column_tiles, tile = block % tiles, split = block / tiles;
     const unsigned groups = (grid.splits + radix - 1) / radix, group = split / radix;
     const unsigned members = min(radix, grid.splits - group * radix);
     const auto each = [&](auto use) {

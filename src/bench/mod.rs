@@ -1,7 +1,7 @@
 //! Measuring: one block as Fused-MBConv and as MBConv, whole networks with more and fewer fused stages, training steps,
 //! and the single operations of a step.
 //!
-//! Everything is generic over [`Backend`](crate::backend::Backend) and over the [`Clock`](timing::Clock) that times
+//! Everything is generic over [`Backend`] and over the [`Clock`] that times
 //! it: the CPU reference by the machine's clock, a GPU by events on its stream. A figure is the median of several rounds
 //! after a warm-up, with its spread; the [`Report`](record::Report) says what it was measured on, and the PyTorch peer
 //! in `benches/peers` writes the same format.

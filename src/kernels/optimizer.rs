@@ -146,7 +146,7 @@ fn elementwise(kernel: String, elements: usize, bytes: u64, operations: u64) -> 
 pub struct Buffers<'a, 'b> {
     /// The weights, moved by the step.
     pub parameters: &'a mut CudaViewMut<'b, f32>,
-    /// Their gradient, before [`Step::gradient_scale`].
+    /// Their gradient, before `gradient_scale`.
     pub gradients: &'a CudaView<'b, f32>,
     /// The rule's slots, in the order of [`Rule::slots`].
     pub slots: &'a mut [CudaViewMut<'b, f32>],
@@ -249,7 +249,7 @@ impl Optimizer {
         self.reduce(stream, gradients, false)
     }
 
-    /// The same, and sets [`Step::gradient_scale`] of this step on the device to what undoes the loss scale and clips, as
+    /// The same, and sets `gradient_scale` of this step on the device to what undoes the loss scale and clips, as
     /// [`gradient_scale`](crate::optimizer::gradient_scale). If the norm is not finite, the step's
     /// [`update`](Self::update) and [`update_average`](Self::update_average) change nothing.
     ///

@@ -31,8 +31,9 @@ use std::sync::Arc;
 
 const FPROP: &str = "{48:8}p{32:8}I{12:4}{56:8}pp";
 const DGRAD: &str = "{56:8}p{32:8}I{12:4}{40:8}pp";
-const GATED: &str = "{56:8}p{32:8}IIp";
+const GATED: &str = "{56:8}p{32:8}I{12:4}p";
 const WGRAD: &str = "{56:8}{48:8}p{16:4}pp";
+const BACKWARD: &str = "{56:8}p{32:8}{48:8}p{12:4}{16:4}{40:8}ppp";
 const BIAS: &str = "pppIII";
 
 const fn entry(name: &'static str, signature: &'static str) -> Entry {
@@ -59,6 +60,14 @@ pub const FAMILY: Family = Family {
         entry("pointwise_wgrad_f32", WGRAD),
         entry("pointwise_wgrad_f16", WGRAD),
         entry("pointwise_wgrad_bf16", WGRAD),
+        entry("pointwise_backward_narrow_f32", BACKWARD),
+        entry("pointwise_backward_narrow_f16", BACKWARD),
+        entry("pointwise_backward_narrow_bf16", BACKWARD),
+        entry("pointwise_backward_wide_f16", BACKWARD),
+        entry("pointwise_backward_wide_bf16", BACKWARD),
+        entry("pointwise_backward_gated_f32", BACKWARD),
+        entry("pointwise_backward_gated_f16", BACKWARD),
+        entry("pointwise_backward_gated_bf16", BACKWARD),
         entry("pointwise_classifier_bias_f32", BIAS),
         entry("pointwise_classifier_bias_f16", BIAS),
         entry("pointwise_classifier_bias_bf16", BIAS),
@@ -201,14 +210,9 @@ impl PointwiseWork {
             GradientKind::Silu => (dx + 16 * c as u64 + self.partial(c), 14 * elements),
             GradientKind::Gated => (dx + 16 * c as u64 + 20 * (self.x.n * c) as u64, 20 * elements),
         };
-        let blocks = if gated { self.x.n as u32 * self.gated_groups() } else { self.grid(c).blocks() };
         Work {
-            kernel: if gated {
-                format!("pointwise_dgrad_gated_{}", self.dtype.suffix())
-            } else {
-                self.kernel("dgrad", tile)
-            },
-            grid: [blocks, 1, 1],
+            kernel: self.gradient_kernel("dgrad", output),
+            grid: [self.gradient_grid(output).blocks(), 1, 1],
             shared: tile.shared(2),
             cost: Cost {
                 bytes: gradient + self.weights() + dx + extra,
@@ -218,8 +222,30 @@ impl PointwiseWork {
         }
     }
 
-    fn gated_groups(&self) -> u32 {
-        (self.x.c as u32).div_ceil(Tile::NARROW.columns)
+    fn gradient_kernel(&self, operation: &str, output: GradientKind) -> String {
+        match output {
+            GradientKind::Gated => format!("pointwise_{operation}_gated_{}", self.dtype.suffix()),
+            GradientKind::Plain { .. } | GradientKind::Silu => self.kernel(operation, self.tile(self.x.c)),
+        }
+    }
+
+    /// Through a gate a run is an image.
+    fn gradient_grid(&self, output: GradientKind) -> Grid {
+        match output {
+            GradientKind::Gated => Grid {
+                tiles: self.pixels().div_ceil(Tile::NARROW.rows),
+                runs: self.x.n as u32,
+                groups: (self.x.c as u32).div_ceil(Tile::NARROW.columns),
+            },
+            GradientKind::Plain { .. } | GradientKind::Silu => self.grid(self.x.c),
+        }
+    }
+
+    /// Floats of partial sums of the gradient of the input, and counters.
+    fn gradient_workspace(&self, output: GradientKind) -> (usize, usize) {
+        let Grid { runs, groups, .. } = self.gradient_grid(output);
+        let floats = if output == GradientKind::Gated { 0 } else { 2 * runs as usize * self.x.c };
+        (floats, groups as usize)
     }
 
     /// The launch of [`Pointwise::wgrad`].
@@ -239,10 +265,21 @@ impl PointwiseWork {
         }
     }
 
+    /// The launch of [`Pointwise::backward`].
+    pub fn backward(&self, input: InputKind, output: GradientKind) -> Work {
+        let (dgrad, wgrad) = (self.dgrad(output), self.wgrad(input));
+        Work {
+            kernel: self.gradient_kernel("backward", output),
+            grid: [dgrad.grid[0] + wgrad.grid[0], 1, 1],
+            shared: dgrad.shared.max(wgrad.shared),
+            cost: dgrad.cost + wgrad.cost,
+        }
+    }
+
     /// Floats of a [`Workspace`] that every launch does with.
     pub fn workspace_floats(&self) -> usize {
         let sums = |columns: usize| 2 * self.grid(columns).runs as usize * columns;
-        self.weight_grid().partial().max(sums(self.outputs)).max(sums(self.x.c))
+        (self.weight_grid().partial() + sums(self.x.c)).max(sums(self.outputs))
     }
 }
 
@@ -255,6 +292,8 @@ pub struct Pointwise<T> {
     dgrad: Kernel,
     gated: Kernel,
     wgrad: Kernel,
+    backward: Kernel,
+    backward_gated: Kernel,
     element: PhantomData<fn() -> T>,
 }
 
@@ -279,6 +318,8 @@ impl<T: RawElement> Pointwise<T> {
             dgrad: load(device, &work.dgrad(GradientKind::Plain { skip: false }))?,
             gated: load(device, &work.dgrad(GradientKind::Gated))?,
             wgrad: load(device, &work.wgrad(InputKind::Plain))?,
+            backward: load(device, &work.backward(InputKind::Plain, GradientKind::Plain { skip: false }))?,
+            backward_gated: load(device, &work.backward(InputKind::Plain, GradientKind::Gated))?,
             element: PhantomData,
         })
     }
@@ -366,45 +407,71 @@ impl<T: RawElement> Pointwise<T> {
         operands.read("weight", weight, weights)?;
         operands.write("dx", dx, x.elements())?;
         output.check(&mut operands, x)?;
-        let work = self.work.dgrad(output.kind());
-        if output.kind() == GradientKind::Gated && 5 * x.n * x.c > MAX_ELEMENTS {
-            let problem =
-                format!("{x} with 5 sums for each image and channel; at most {MAX_ELEMENTS} are possible");
-            return Err(Error::Shape { operation: OPERATION, problem });
-        }
-        let grid = self.work.grid(x.c);
-        workspace.check(OPERATION, 2 * grid.runs as usize * x.c, grid.groups as usize)?;
-
-        let (rows, pixels) = (self.work.rows(), self.work.pixels());
-        let dy = GradientArgument::new(&gradient, stream, rows, y_shape.c as u32, pixels);
-        let to = TargetArgument { dx: address(dx, stream), skip: 0, y: 0, norm: 0 };
+        self.check_sums(output.kind())?;
+        let (work, grid) = (self.work.dgrad(output.kind()), self.work.gradient_grid(output.kind()));
+        let (floats, groups) = self.work.gradient_workspace(output.kind());
+        workspace.check(OPERATION, floats, groups)?;
+        let dy = self.gradient_argument(&gradient, stream);
         let inputs = x.c as u32;
         let shapes = format_args!("{x} from {} channels", y_shape.c);
-        let (to, owed) = match &mut output {
-            GradientOutput::Plain { skip } => {
-                let skip = skip.map_or(0, |skip| address(skip, stream));
-                (TargetArgument { skip, ..to }, OwedFinish::default())
-            }
-            GradientOutput::Silu { y, debt } => {
-                let (y, norm) = (address(*y, stream), address(debt.norm, stream));
-                (TargetArgument { y, norm, ..to }, debt.finish(stream, x.pixels()))
-            }
-            GradientOutput::Gated { y, norm, sums } => {
-                let to = TargetArgument { y: address(*y, stream), norm: address(*norm, stream), ..to };
-                let groups = self.work.gated_groups();
-                let mut launch = self.gated.on(stream);
-                launch.value(&dy).input(weight).value(&to).value(&inputs).value(&groups).output(sums);
-                // SAFETY: all buffers have their shapes and what is written overlaps nothing. A block writes the rows of
-                // its image and the columns of its group, those that exist, and their five sums.
-                return unsafe { launch.run(work.grid, work.shared, shapes) };
-            }
-        };
+        let (to, owed, sums) = self.target(stream, dx, &mut output);
+        if let Some(sums) = sums {
+            let mut launch = self.gated.on(stream);
+            launch.value(&dy).input(weight).value(&to).value(&inputs).value(&grid).output(sums);
+            // SAFETY: all buffers have their shapes and what is written overlaps nothing. A block writes the rows of its
+            // image and the columns of its group, those that exist, and their five sums.
+            return unsafe { launch.run(work.grid, work.shared, shapes) };
+        }
         let (mut partial, mut counters) = (workspace.partial.as_view_mut(), workspace.counters.as_view_mut());
         let mut launch = self.dgrad.on(stream);
         launch.value(&dy).input(weight).value(&to).value(&inputs).value(&grid).value(&owed);
         launch.output(&mut partial).output(&mut counters);
         // SAFETY: as in `fprop`, with the partial sums in place of moments.
         unsafe { launch.run(work.grid, work.shared, shapes) }
+    }
+
+    /// Refuses five sums that no index reaches.
+    fn check_sums(&self, output: GradientKind) -> Result<()> {
+        let x = self.work.x;
+        if output != GradientKind::Gated || 5 * x.n * x.c <= MAX_ELEMENTS {
+            return Ok(());
+        }
+        let problem =
+            format!("{x} with 5 sums for each image and channel; at most {MAX_ELEMENTS} are possible");
+        Err(Error::Shape { operation: OPERATION, problem })
+    }
+
+    fn gradient_argument(
+        &self,
+        gradient: &GradientView<'_, '_, T>,
+        stream: &Arc<CudaStream>,
+    ) -> GradientArgument {
+        let work = &self.work;
+        GradientArgument::new(gradient, stream, work.rows(), work.outputs as u32, work.pixels())
+    }
+
+    /// Where dx goes, what becomes of its two sums, and where its five sums go.
+    fn target<'a, 'b>(
+        &self,
+        stream: &Arc<CudaStream>,
+        dx: &CudaViewMut<'_, T>,
+        output: &'a mut GradientOutput<'_, 'b, T>,
+    ) -> (TargetArgument, OwedFinish, Option<&'a mut CudaViewMut<'b, f32>>) {
+        let to = TargetArgument { dx: address(dx, stream), skip: 0, y: 0, norm: 0 };
+        match output {
+            GradientOutput::Plain { skip } => {
+                let skip = skip.map_or(0, |skip| address(skip, stream));
+                (TargetArgument { skip, ..to }, OwedFinish::default(), None)
+            }
+            GradientOutput::Silu { y, debt } => {
+                let (y, norm) = (address(*y, stream), address(debt.norm, stream));
+                (TargetArgument { y, norm, ..to }, debt.finish(stream, self.work.x.pixels()), None)
+            }
+            GradientOutput::Gated { y, norm, sums } => {
+                let to = TargetArgument { y: address(*y, stream), norm: address(*norm, stream), ..to };
+                (to, OwedFinish::default(), Some(sums))
+            }
+        }
     }
 
     /// dweight \[outputs, inputs\] += dyᵀ·x.
@@ -425,9 +492,9 @@ impl<T: RawElement> Pointwise<T> {
         input.check(&mut operands, x)?;
         gradient.check(&mut operands, y_shape)?;
         operands.write("dweight", dweight, weights)?;
-        let (rows, pixels) = (self.work.rows(), self.work.pixels());
-        let input_argument = InputArgument::new(&input, stream, rows, x.c as u32, pixels);
-        let dy = GradientArgument::new(&gradient, stream, rows, y_shape.c as u32, pixels);
+        let input_argument =
+            InputArgument::new(&input, stream, self.work.rows(), x.c as u32, self.work.pixels());
+        let dy = self.gradient_argument(&gradient, stream);
         launch_wgrad(
             &self.wgrad,
             &self.work,
@@ -439,7 +506,7 @@ impl<T: RawElement> Pointwise<T> {
         )
     }
 
-    /// Both: [`dgrad`](Self::dgrad) and [`wgrad`](Self::wgrad).
+    /// Both gradients, [`dgrad`](Self::dgrad) and [`wgrad`](Self::wgrad), in one launch.
     ///
     /// # Errors
     /// As for [`dgrad`](Self::dgrad).
@@ -451,10 +518,9 @@ impl<T: RawElement> Pointwise<T> {
         weight: &CudaView<'_, T>,
         dx: &mut CudaViewMut<'_, T>,
         dweight: &mut CudaViewMut<'_, f32>,
-        output: GradientOutput<'_, '_, T>,
+        mut output: GradientOutput<'_, '_, T>,
         workspace: &mut Workspace,
     ) -> Result<()> {
-        // All of it before the first launch; each checks its own again.
         let (x, y_shape, weights) = self.sizes();
         refuse_gate(&gradient)?;
         let mut operands = Operands::new(OPERATION, &self.device, stream)?;
@@ -464,9 +530,23 @@ impl<T: RawElement> Pointwise<T> {
         operands.write("dx", dx, x.elements())?;
         operands.write("dweight", dweight, weights)?;
         output.check(&mut operands, x)?;
-        workspace.check(OPERATION, self.workspace_floats(), self.work.weight_grid().counters())?;
-        self.wgrad(stream, input, gradient, dweight, workspace)?;
-        self.dgrad(stream, gradient, weight, dx, output, workspace)
+        self.check_sums(output.kind())?;
+        let work = self.work.backward(input.kind(), output.kind());
+        let (grid, weight_grid) = (self.work.gradient_grid(output.kind()), self.work.weight_grid());
+        let (floats, groups) = self.work.gradient_workspace(output.kind());
+        workspace.check(OPERATION, floats + weight_grid.partial(), groups + weight_grid.counters())?;
+        let dy = self.gradient_argument(&gradient, stream);
+        let input = InputArgument::new(&input, stream, self.work.rows(), x.c as u32, self.work.pixels());
+        let (to, owed, sums) = self.target(stream, dx, &mut output);
+        let kernel = if sums.is_some() { &self.backward_gated } else { &self.backward };
+        let (mut partial, mut counters) = (workspace.partial.as_view_mut(), workspace.counters.as_view_mut());
+        let mut launch = kernel.on(stream);
+        launch.value(&dy).input(weight).value(&to).value(&input).output(dweight);
+        launch.value(&grid).value(&weight_grid).value(&owed).optional(sums);
+        launch.output(&mut partial).output(&mut counters);
+        // SAFETY: as in `dgrad` for the first blocks and in `wgrad` for the others, whose partial tiles and counters lie
+        // behind the partial sums and counters of the first.
+        unsafe { launch.run(work.grid, work.shared, format_args!("{x} from {} channels", y_shape.c)) }
     }
 }
 

@@ -300,8 +300,11 @@ impl Planner {
             }
             Kind::Pointwise => {
                 let shape = PointwiseWork::new(x, conv.outputs, dtype)?;
-                let dgrad = output.map(|output| shape.dgrad(output));
-                ([dgrad, Some(shape.wgrad(input))], shape.workspace_floats())
+                let work = match output {
+                    Some(output) => shape.backward(input, output),
+                    None => shape.wgrad(input),
+                };
+                ([Some(work), None], shape.workspace_floats())
             }
         };
         self.needs(floats);

@@ -241,8 +241,7 @@ impl<T: FusedElement> Plans<T> {
             Kind::Pointwise => {
                 let plan = self.pointwise.get(key, || Pointwise::plan(device, x, conv.outputs))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
-                plan.dgrad(stream, gradient, weight, dx, output, workspace)?;
-                plan.wgrad(stream, input, gradient, dweight, workspace)
+                plan.backward(stream, input, gradient, weight, dx, dweight, output, workspace)
             }
         }
     }

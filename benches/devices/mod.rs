@@ -6,7 +6,7 @@
 //! several times the L2 cache. GB/s are the least bytes of the launches ([`Work`]) over the time.
 //!
 //! Without a GPU a benchmark says so in one line and ends well. `EFFNETV2_BENCH_HOST=LIBRARY` goes through the same code on
-//! the host device that `kernels/host/build.sh` built, once and at tiny sizes: it proves the benchmark and times nothing.
+//! the host device that `kernels/host/build.sh` built, at tiny sizes: it proves the benchmark and times nothing.
 
 #![allow(dead_code, unused_imports, reason = "no benchmark needs all of it")]
 
@@ -199,7 +199,7 @@ impl Bench {
         if device.is_host() {
             let names: Vec<&str> = rows.iter().map(|row| row.name.as_str()).collect();
             println!(
-                "host device: the benchmarks of {family} ran once, at tiny sizes and untimed: {}",
+                "host device: the benchmarks of {family} went through their code at tiny sizes, untimed: {}",
                 names.join(", ")
             );
             return;

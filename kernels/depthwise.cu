@@ -614,12 +614,12 @@ backward(const T* x, const T* g, const T* raw, const float* owed, const float* r
     EFFNETV2_KERNEL(depthwise_backward_##kernel##x##kernel##_s##stride##_##suffix)
 
 // The blocks of a multiprocessor are as many as leave enough registers for nothing to be spilled.
-#define EFFNETV2_DEPTHWISE_TYPE(suffix, T)                                                                   \
-    EFFNETV2_DEPTHWISE(suffix, T, 3, 1, 4, 4, 3)                                                             \
-    EFFNETV2_DEPTHWISE(suffix, T, 3, 2, 4, 4, 2)                                                             \
-    EFFNETV2_DEPTHWISE(suffix, T, 5, 1, 2, 4, 2)                                                             \
+#define EFFNETV2_DEPTHWISE_TYPE(suffix, T, blocks)                                                           \
+    EFFNETV2_DEPTHWISE(suffix, T, 3, 1, blocks, 4, 3)                                                        \
+    EFFNETV2_DEPTHWISE(suffix, T, 3, 2, blocks, 4, 2)                                                        \
+    EFFNETV2_DEPTHWISE(suffix, T, 5, 1, 2, 3, 2)                                                             \
     EFFNETV2_DEPTHWISE(suffix, T, 5, 2, 3, 2, 2)
 
-EFFNETV2_DEPTHWISE_TYPE(f32, float)
-EFFNETV2_DEPTHWISE_TYPE(f16, f16)
-EFFNETV2_DEPTHWISE_TYPE(bf16, bf16)
+EFFNETV2_DEPTHWISE_TYPE(f32, float, 3)
+EFFNETV2_DEPTHWISE_TYPE(f16, f16, 4)
+EFFNETV2_DEPTHWISE_TYPE(bf16, bf16, 4)

@@ -472,7 +472,8 @@ fn check<T: Sample>(device: &Device, case: Case, seed: u64) {
     check_backward(device, &data);
 }
 
-/// Around what threads and blocks have: 4 columns and rows, 2 and 4 channels of 64, 4 and 8 strips, 64 rows, 512 runs.
+/// Around what threads and blocks have: 2 to 4 columns, 4 rows and more, 2 and 4 channels of 64, 4 and 8 strips, 64 rows,
+/// 512 runs.
 const SHAPES: [(usize, usize, usize, usize); 12] = [
     (1, 1, 1, 8),
     (3, 1, 2, 16),

@@ -72,7 +72,11 @@ impl Tiling {
     }
 
     const fn backward(conv: &Conv) -> Self {
-        let columns = if conv.kernel == 5 && conv.stride == 2 { 2 } else { 4 };
+        let columns = match (conv.kernel, conv.stride) {
+            (5, 1) => 3,
+            (5, 2) => 2,
+            _ => 4,
+        };
         Self { channels: 2, columns }
     }
 

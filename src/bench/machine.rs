@@ -111,7 +111,7 @@ mod tests {
         }
         forget_peak();
         let before = peak_resident().unwrap();
-        drop(vec![1_u8; 256 << 20]);
+        drop(std::hint::black_box(vec![1_u8; 256 << 20]));
         let after = peak_resident().unwrap();
         assert!(after > before + (200 << 20), "{before} {after}");
         forget_peak();

@@ -61,14 +61,14 @@ fn blocks_are_measured_in_both_forms_and_the_crossover_is_told() {
         "8,16,4,5,2,6",
     ]);
     let results = report.results;
-    // Five shapes of nano and the given one.
-    assert_eq!(results.len(), 12);
+    // Six shapes of nano and the given one.
+    assert_eq!(results.len(), 14);
     for pair in results.chunks(2) {
         assert_eq!(pair[0].place, pair[1].place);
         assert_eq!((pair[0].form, pair[1].form), (BlockKind::FusedMbConv, BlockKind::MbConv));
         assert!(pair.iter().all(|r| r.forward.median > 0.0 && r.forward.rounds == 2 && r.batch == 2));
     }
-    assert_eq!(results[10].place.model, "given");
+    assert_eq!(results[12].place.model, "given");
     for network in ["nano: ", "given: "] {
         let line = text.lines().find(|line| line.starts_with(network)).unwrap();
         assert!(line.contains("is the faster"), "{line}");

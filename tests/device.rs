@@ -4,7 +4,7 @@
 
 mod devices;
 
-use devices::{again_on_a_gpu, device, host_library};
+use devices::{again_on_a_gpu, device_alone, host_library};
 use effnetv2::Error;
 use effnetv2::device::cudarc::driver::{CudaSlice, DevicePtr};
 use effnetv2::device::{Arena, Block, Device, Graph, Kernel, Launched, Layout, Staging, survey};
@@ -21,7 +21,7 @@ fn address(device: &Device, block: &Block<f32>) -> u64 {
 
 #[test]
 fn an_arena_of_the_planned_size_is_just_enough() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device_alone() else { return };
     let lengths = [100, 1, 3000];
     let mut layout = Layout::new();
     for length in lengths {
@@ -46,7 +46,7 @@ fn an_arena_of_the_planned_size_is_just_enough() {
 
 #[test]
 fn blocks_of_an_arena_are_apart() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device_alone() else { return };
     let arena = Arena::new(&device, 1 << 14).unwrap();
     let mut blocks: Vec<Block<f32>> = (0..5).map(|i| arena.push(100 + i).unwrap()).collect();
     let values = |i: usize, length: usize| vec![i as f32; length];
@@ -70,7 +70,7 @@ fn blocks_of_an_arena_are_apart() {
 /// Batches arrive in order, each whole, while the next is under way.
 #[test]
 fn staging_brings_batches_in_order() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device_alone() else { return };
     let length = 1000;
     let mut staging = Staging::<u32>::new(&device, length).unwrap();
     let mut input = device.zeros::<u32>(length).unwrap();
@@ -143,7 +143,7 @@ fn work(state: &mut State) -> effnetv2::Result<()> {
 
 #[test]
 fn a_graph_does_the_same_steps_bit_for_bit() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device_alone() else { return };
     let mut plain = state(&device);
     for number in 0..4 {
         begin(&mut plain, number);
@@ -168,7 +168,7 @@ fn a_graph_does_the_same_steps_bit_for_bit() {
 /// Launch by launch or recorded, the list says what was asked for, and the plan what would be.
 #[test]
 fn launches_are_written_down() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device_alone() else { return };
     let shape = UpdateShape { rule: Rule::PAPER, parameters: PARAMETERS };
     let [partial, finish] = shape.norm_work();
     let planned = [partial, finish, shape.update_work(false, Dtype::F32)];
@@ -195,7 +195,7 @@ fn launches_are_written_down() {
 
 #[test]
 fn buffers_are_copied_within_the_device() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device_alone() else { return };
     let from = device.upload(&[1.0_f32, 2.0, 3.0]).unwrap();
     let mut to = device.zeros::<f32>(3).unwrap();
     effnetv2::device::copy(device.compute(), &from, &mut to).unwrap();
@@ -208,7 +208,7 @@ fn buffers_are_copied_within_the_device() {
 /// Reading waits for the device, which cannot be recorded; the stream must be left as it was.
 #[test]
 fn a_failed_recording_leaves_the_stream_usable() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device_alone() else { return };
     let reads = |state: &mut State| {
         work(state)?;
         state.device.read(&state.parameters).map(|_| ())
@@ -229,7 +229,7 @@ fn cast_kernel(device: &Device) -> Kernel {
 
 #[test]
 fn wrong_arguments_are_refused_before_the_launch() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device_alone() else { return };
     let (kernel, stream) = (cast_kernel(&device), device.compute());
     let values = device.zeros::<f32>(8).unwrap();
     let mut copy = device.zeros::<half::bf16>(8).unwrap();
@@ -252,7 +252,7 @@ fn wrong_arguments_are_refused_before_the_launch() {
 
 #[test]
 fn launch_errors_name_kernel_grid_block_and_shapes() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device_alone() else { return };
     let (kernel, stream) = (cast_kernel(&device), device.compute());
     let values = device.zeros::<f32>(8).unwrap();
     let mut copy = device.zeros::<half::bf16>(8).unwrap();
@@ -277,7 +277,7 @@ fn launch_errors_name_kernel_grid_block_and_shapes() {
 /// survives the failure.
 #[test]
 fn debugging_names_the_kernel_at_fault() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device_alone() else { return };
     let Some(control) = device.host_control() else { return };
     let (kernel, stream) = (cast_kernel(&device), device.compute());
     let values = device.zeros::<f32>(8).unwrap();
@@ -305,7 +305,7 @@ fn debugging_names_the_kernel_at_fault() {
 
 #[test]
 fn work_is_timed() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device_alone() else { return };
     let mut state = state(&device);
     begin(&mut state, 0);
     let time = device.time(|| work(&mut state)).unwrap();
@@ -314,7 +314,7 @@ fn work_is_timed() {
 
 #[test]
 fn memory_that_cannot_be_is_an_error() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device_alone() else { return };
     assert!(matches!(device.zeros::<f32>(0), Err(Error::Shape { .. })));
     assert!(matches!(device.zeros::<f32>(usize::MAX), Err(Error::Shape { .. })));
     let message = device.zeros::<f32>(1 << 50).unwrap_err().to_string();
@@ -326,7 +326,7 @@ fn memory_that_cannot_be_is_an_error() {
 
 #[test]
 fn a_process_has_one_driver() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device_alone() else { return };
     if !device.is_host() {
         return;
     }

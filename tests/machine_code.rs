@@ -5,7 +5,6 @@
 
 #![cfg(feature = "cuda")]
 
-#[allow(dead_code, reason = "machine code is read, nothing is launched")]
 mod devices;
 
 use devices::{not_run, say};

@@ -8,7 +8,7 @@ mod golden;
 
 mod devices;
 
-use devices::{again_on_a_gpu, device};
+use devices::{again_on_a_gpu, device_alone};
 use effnetv2::Result;
 use effnetv2::backend::{
     Backend, Mode, Normalisation, PassKind, State, StepKey, Variables, VarianceEstimator,
@@ -244,7 +244,7 @@ fn blocks() -> Vec<(&'static str, BlockSpec)> {
 
 #[test]
 fn each_kind_of_block_is_the_references() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device_alone() else { return };
     for (name, block) in blocks() {
         for padding in [Padding::Same, Padding::Symmetric] {
             // The paddings differ on even sides alone.
@@ -260,7 +260,7 @@ fn each_kind_of_block_is_the_references() {
 /// Memory is planned to the byte.
 #[test]
 fn a_rehearsal_foresees_the_memory_of_a_step() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device_alone() else { return };
     let problem = Problem::model("nano", 10, 4, 32, 0.2);
     let mut backend = Accelerated::<bf16>::new(&device, false).unwrap();
     let mut planner = Planner::new(effnetv2::tensor::Dtype::Bf16);
@@ -274,7 +274,7 @@ fn a_rehearsal_foresees_the_memory_of_a_step() {
 
 /// The losses of ten steps in f32 are those of the reference in f64.
 fn assert_follows(problem: &Problem) {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device_alone() else { return };
     let (expected, _) = problem.train(&mut Reference::<f64>::new(), 10);
     let (found, _) = problem.train(&mut Accelerated::<f32>::new(&device, true).unwrap(), 10);
     println!("{expected:?}\n{found:?}");
@@ -326,7 +326,7 @@ fn assert_repeats<T: FusedElement>(device: &Device) {
 
 #[test]
 fn a_graph_computes_what_its_launches_do() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device_alone() else { return };
     assert_repeats::<f32>(&device);
     assert_repeats::<f16>(&device);
     assert_repeats::<bf16>(&device);
@@ -358,7 +358,7 @@ fn assert_near<T: FusedElement>(device: &Device) {
 
 #[test]
 fn half_precision_is_near_f64() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device_alone() else { return };
     assert_near::<bf16>(&device);
     assert_near::<f16>(&device);
 }
@@ -366,7 +366,7 @@ fn half_precision_is_near_f64() {
 /// A gradient that overflows f16: the step changes nothing but the running statistics, and the norm says so.
 #[test]
 fn an_overflow_of_f16_skips_the_step() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device_alone() else { return };
     let problem = Problem::model("nano", 10, 4, 32, 0.0);
     let mut backend = Accelerated::<f16>::new(&device, false).unwrap();
     problem.prepare(&mut backend);
@@ -418,7 +418,7 @@ fn assert_folds<T: FusedElement>(device: &Device, problem: &Problem, tolerance: 
 
 #[test]
 fn folded_inference_is_unfolded_within_rounding() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device_alone() else { return };
     for (name, block) in blocks() {
         let problem = Problem::new(spec(name, Padding::Same, &[block]), 3, 12, 0.0);
         // A few roundings of f32 a layer; of bf16 with 8 significant bits.
@@ -434,7 +434,7 @@ macro_rules! goldens {
             $(
                 #[test]
                 fn $case() {
-                    let Some(device) = super::device() else { return };
+                    let Some((device, _alone)) = super::device_alone() else { return };
                     let backend = super::Accelerated::<f32>::new(&device, false).unwrap();
                     let case = (stringify!($case), $model, super::Naming::$naming);
                     super::golden::check(backend, case, super::golden::Evaluated::$evaluated, 1e-3);

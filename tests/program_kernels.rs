@@ -2,7 +2,6 @@
 
 #![cfg(feature = "cuda")]
 
-#[allow(dead_code, reason = "the program opens the devices")]
 mod devices;
 mod runs;
 

@@ -6,7 +6,7 @@
 mod devices;
 mod small_runs;
 
-use devices::{again_on_a_gpu, device};
+use devices::{again_on_a_gpu, device_alone};
 use effnetv2::Error;
 use effnetv2::backend::Backend;
 use effnetv2::data::Splits;
@@ -80,7 +80,7 @@ fn assert_same_end<T: FusedElement>(device: &Device, others: &[(&str, bool)], qu
 
 #[test]
 fn a_run_ends_the_same_however_it_is_made() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device_alone() else { return };
     // Two epochs of two steps, each followed by two sets of weights on one batch.
     assert_same_end::<bf16>(&device, &[("again", true), ("plain", false)], &[1, 4, 7]);
     assert_same_end::<f16>(&device, &[], &[3]);
@@ -104,7 +104,7 @@ fn assert_near(found: &Diary, expected: &Diary) {
 /// The device's f32 follows the reference, and either goes on from the other's checkpoint.
 #[test]
 fn runs_and_checkpoints_are_those_of_the_cpu() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device_alone() else { return };
     let folder = tempfile::tempdir().unwrap();
     let (splits, config) = (splits(), config());
     let path = |name: &str| folder.path().join(name);
@@ -136,9 +136,9 @@ fn runs_and_checkpoints_are_those_of_the_cpu() {
 /// A loss scale that overflows f16 is halved, step by step, until a step is made; the checkpoint keeps it.
 #[test]
 fn an_overflow_lowers_the_loss_scale() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device_alone() else { return };
     let folder = tempfile::tempdir().unwrap();
-    let (splits, mut config) = (splits(), plain(6, 1));
+    let (splits, mut config) = (splits(), plain(6, 2));
     config.learning_rate = 1e-3;
     let run = RunFolder::create(folder.path(), &config).unwrap();
     let network = effnetv2::nn::Network::new(config.network(10).unwrap());
@@ -174,7 +174,7 @@ fn an_overflow_lowers_the_loss_scale() {
 /// Weights that diverge end the run; its last checkpoint is good.
 #[test]
 fn a_divergence_ends_the_run_and_spares_the_checkpoint() {
-    let Some(device) = device() else { return };
+    let Some((device, _alone)) = device_alone() else { return };
     let folder = tempfile::tempdir().unwrap();
     let (splits, mut config) = (splits(), plain(6, 2));
     config.optimizer = effnetv2::optimizer::Rule::Sgd { momentum: 0.9, nesterov: false };

@@ -5,6 +5,8 @@
 //! swallow it. `EFFNETV2_HOST_DEVICE` names a host device that is built already; `EFFNETV2_REQUIRE_GPU=1` makes a
 //! missing GPU a failure.
 
+#![allow(dead_code, reason = "each test program uses a part")]
+
 use effnetv2::Error;
 use effnetv2::device::Device;
 use proptest::prelude::ProptestConfig;
@@ -13,7 +15,7 @@ use std::fs::{self, File};
 use std::io::{Write, stderr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// The device to test on; none, with a line that says why, where there is none.
 pub(crate) fn device() -> Option<Device> {
@@ -22,6 +24,14 @@ pub(crate) fn device() -> Option<Device> {
     }
     let library = host_library()?;
     Some(Device::host(library).unwrap())
+}
+
+/// The device, with no other test of this program on it: while one records a graph, a driver refuses much to all, and the
+/// settings of the host device are everybody's.
+pub(crate) fn device_alone() -> Option<(Device, MutexGuard<'static, ()>)> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    Some((device()?, alone))
 }
 
 fn on_gpu() -> bool {
@@ -72,7 +82,6 @@ fn build_host_device() -> Option<PathBuf> {
 }
 
 /// Runs every other test of this program on a GPU.
-#[allow(dead_code, reason = "not every test program has tests for a GPU")]
 pub(crate) fn again_on_a_gpu(this_test: &str) {
     if on_gpu() {
         return;
@@ -89,7 +98,6 @@ pub(crate) fn again_on_a_gpu(this_test: &str) {
 }
 
 /// How many random cases a property is tried on: `PROPTEST_CASES`, or `cases` where it is not set.
-#[allow(dead_code, reason = "not every test program has properties")]
 pub(crate) fn cases(cases: u32) -> ProptestConfig {
     let default = ProptestConfig::default();
     match env::var_os("PROPTEST_CASES") {

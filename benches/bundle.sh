@@ -39,15 +39,14 @@ echo "building at $commit"
 messages=$(mktemp)
 packed=$(mktemp -d)
 trap 'rm -rf "$messages" "$packed"' EXIT
-cargo build --release --bin effnetv2 --message-format=json-render-diagnostics >"$messages"
-cargo test --release --no-run "${targets[@]}" --message-format=json-render-diagnostics >>"$messages"
+# Tests bring the program along, which they run.
+cargo test --release --no-run "${targets[@]}" --message-format=json-render-diagnostics >"$messages"
 for kind in bin test bench; do
     mkdir "$packed/$kind"
     programs $kind "$messages" | sort -u | while IFS= read -r path; do
         name=$(basename "$path")
         # Cargo puts a hash behind the names of tests and benchmarks.
         [ $kind = bin ] || name=${name%-*}
-        # The program comes twice: tests want it, too.
         strip -o "$packed/$kind/$name" "$path"
     done
 done

@@ -26,7 +26,17 @@ done
 case $total in '' | *[!0-9]*) echo "--seconds = $total: must be a whole number" >&2 && exit 2 ;; esac
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
-program=$here/bin/effnetv2
+EFFNETV2_COMMIT=$(cat "$here/VERSION")
+export EFFNETV2_COMMIT
+programs=$(mktemp -d)
+trap 'rm -rf "$programs"' EXIT
+unpack() {
+    tar -C "$programs" -xJf "$here/programs.tar.xz" 2>/dev/null ||
+        "$python" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2])' \
+            "$here/programs.tar.xz" "$programs"
+}
+unpack || { echo "programs.tar.xz cannot be unpacked here: install xz" >&2 && exit 2; }
+program=$programs/bin/effnetv2
 names=() states=() times=() notes=()
 
 # Ends a part, which has a shell of its own, because it cannot run here: `skip REASON`.
@@ -48,7 +58,7 @@ part() {
         code=77
     else
         [ "$limit" -le "$left" ] || limit=$left
-        export note name here out program python gpu
+        export note name here out programs program python gpu
         timeout --kill-after=10 "$limit" bash -c "$(declare -f skip say run_all bench "$work"); $work" >"$out/$name.log" 2>&1
         code=$?
     fi
@@ -88,7 +98,7 @@ devices() {
 
 tests() {
     [ -n "$gpu" ] || skip "no GPU"
-    EFFNETV2_TEST_DEVICE=cuda EFFNETV2_REQUIRE_GPU=1 run_all -- "$here"/tests/*
+    EFFNETV2_TEST_DEVICE=cuda EFFNETV2_REQUIRE_GPU=1 run_all -- "$programs"/test/*
 }
 
 sanitizer() {
@@ -99,7 +109,7 @@ sanitizer() {
     [ -n "$tool" ] || skip "compute-sanitizer is not installed"
     # It slows a kernel down a hundredfold: few random cases.
     PROPTEST_CASES=2 EFFNETV2_TEST_DEVICE=cuda EFFNETV2_REQUIRE_GPU=1 \
-        run_all "$tool" --error-exitcode=1 --leak-check=no -- "$here"/tests/*_kernels
+        run_all "$tool" --error-exitcode=1 --leak-check=no -- "$programs"/test/*_kernels
 }
 
 # bench WHAT FLAGS: on the GPU, or small on the CPU, and says on which.
@@ -129,7 +139,7 @@ ops() { bench ops --rounds 3; }
 criterion() {
     [ -n "$gpu" ] || skip "no GPU"
     local one
-    for one in "$here"/benches/*; do
+    for one in "$programs"/bench/*; do
         # The CPU reference's own is long and no matter of the GPU.
         case $one in */training_step | *'*') continue ;; esac
         echo "== $(basename "$one")"
@@ -151,7 +161,7 @@ peers() {
     say "peers/compare.md"
 }
 
-echo "effnetv2 $(head -n 1 "$here/VERSION"), at most $total s"
+echo "effnetv2 at $EFFNETV2_COMMIT, for at most $total s"
 gpu=$("$program" devices 2>/dev/null | grep -m 1 '^GPU 0:')
 echo "${gpu:-no GPU: only what the CPU can do is run}"
 part devices 30 devices
@@ -167,7 +177,7 @@ rm -f "$out/.note"
 
 quote() { printf '"%s"' "$(printf '%s' "$1" | sed 's/[\\"]/\\&/g' | tr -d '\000-\037')"; }
 {
-    printf '{\n "commit": %s,\n "gpu": %s,\n "parts": [' "$(quote "$(sed -n 's/^commit //p' "$here/VERSION")")" "$([ -n "$gpu" ] && quote "$gpu" || echo null)"
+    printf '{\n "commit": %s,\n "gpu": %s,\n "parts": [' "$(quote "$EFFNETV2_COMMIT")" "$([ -n "$gpu" ] && quote "$gpu" || echo null)"
     for i in "${!names[@]}"; do
         [ "$i" -eq 0 ] || printf ','
         printf '\n  {"part": %s, "state": %s, "seconds": %s, "note": %s}' \

@@ -183,7 +183,8 @@ pub struct Settings {
 /// Measures `place` as `form`.
 ///
 /// # Errors
-/// What backend and clock say; a shape with one value per channel cannot be normalised.
+/// What backend and clock say; [`Error::Shape`] for a shape that the backend cannot compute, such as one with a single
+/// value per channel, which cannot be normalised.
 pub fn measure<B: Backend, C: Clock>(
     bench: &mut Bench<'_, B, C>,
     place: &Place,

@@ -64,11 +64,13 @@ fn load() -> Option<f64> {
     text.split(' ').next()?.parse().ok()
 }
 
-/// The commit that this program was built from: what `EFFNETV2_COMMIT` said when it was compiled, or else that of the
-/// repository which the program still lies in.
+/// The commit that this program was built from: what `EFFNETV2_COMMIT` says, or said when it was compiled, or else that
+/// of the repository which the program still lies in.
 pub fn commit() -> String {
-    if let Some(commit) = option_env!("EFFNETV2_COMMIT").filter(|commit| !commit.is_empty()) {
-        return commit.to_owned();
+    let said = std::env::var("EFFNETV2_COMMIT").ok();
+    let said = said.or_else(|| option_env!("EFFNETV2_COMMIT").map(str::to_owned));
+    if let Some(commit) = said.filter(|commit| !commit.is_empty()) {
+        return commit;
     }
     let repository = Path::new(env!("CARGO_MANIFEST_DIR"));
     let lies_within = std::env::current_exe().is_ok_and(|program| program.starts_with(repository));

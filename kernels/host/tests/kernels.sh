@@ -6,7 +6,9 @@
 #   kernels.sh [plain|address|thread ...]      all three without arguments
 #
 # $PROPTEST_CASES (4) are the random cases of each property, $PROFILE (release) is cargo's profile, $TESTS the names of
-# the test files (those that launch kernels), $EFFNETV2_HOST_SEED the schedule.
+# the test files (those of the families of kernels), $FILTERS those of the tests (all; under ThreadSanitizer, which is slow,
+# one pass through every kernel), $EFFNETV2_HOST_SEED the schedule. Whole networks launch nothing else, only more of it: they
+# are left to `cargo test`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 
@@ -14,7 +16,8 @@ flavours=("$@")
 if ((${#flavours[@]} == 0)); then flavours=(plain address thread); fi
 export PROPTEST_CASES=${PROPTEST_CASES:-4}
 names=()
-for name in ${TESTS:-$(cd tests && echo *_kernels.rs optimizer.rs device.rs)}; do names+=(--test "${name%.rs}"); done
+families() { (cd tests && ls *_kernels.rs optimizer.rs device.rs | grep -vE '^(network|program|training)_'); }
+for name in ${TESTS:-$(families)}; do names+=(--test "${name%.rs}"); done
 # Cargo's name of a setting: CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER. Only the tests get the sanitizer's library in
 # front, not cargo and the compiler.
 triple=$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
@@ -32,6 +35,7 @@ runtime() {
 
 run_flavour() {
     local flavour=$1 seed=$2 build=(kernels/host/build.sh --jobs "$(nproc)") runner=(env) skip=(--skip on_a_gpu) asan ubsan tsan
+    local filters=${FILTERS-}
     case $flavour in
         plain) ;;
         address)
@@ -45,7 +49,8 @@ run_flavour() {
             # The Rust side is not instrumented: ThreadSanitizer does not see what orders its threads.
             runner+=("LD_PRELOAD=$tsan" TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1)
             # Libraries before GCC 14 and LLVM 18 do not know where things lie when addresses are as random as can be.
-            if setarch -R true 2>/dev/null; then runner=(setarch -R "${runner[@]}"); fi ;;
+            if setarch -R true 2>/dev/null; then runner=(setarch -R "${runner[@]}"); fi
+            filters=${FILTERS-repeat} ;;
         *) echo "kernels.sh: plain, address or thread, not $flavour" >&2; exit 2 ;;
     esac
     # It makes a kernel reach beyond its buffers.
@@ -56,7 +61,7 @@ run_flavour() {
     # One test at a time: a kernel has the threads to itself.
     env "CARGO_TARGET_${triple}_RUNNER=${runner[*]}" EFFNETV2_HOST_DEVICE="$(realpath "$library")" \
         EFFNETV2_HOST_SEED="$seed" cargo test --quiet --profile "${PROFILE:-release}" "${names[@]}" -- \
-        --test-threads=1 "${skip[@]}"
+        $filters --test-threads=1 "${skip[@]}"
 }
 
 for flavour in "${flavours[@]}"; do

@@ -1,7 +1,6 @@
 //! `bench blocks`: each block shape, as Fused-MBConv and as MBConv.
 
 use super::{Common, Job, Site, milliseconds, rate, table};
-use crate::Result;
 use crate::bench::blocks::{BlockResult, BlockShape, Place, Settings, crossovers, measure, shapes_of};
 use crate::bench::{Bench, Measured};
 use crate::cli::output::say;
@@ -10,6 +9,7 @@ use crate::nn::BlockKind;
 use crate::report::bars::{Bars, Group};
 use crate::report::table::{Column, si};
 use crate::train::progressive::check_side;
+use crate::{Error, Result};
 
 /// Each block shape as Fused-MBConv and as MBConv, and where MBConv becomes the faster.
 ///
@@ -57,14 +57,21 @@ impl Job for Args {
         say!("batch {batch}, {}, {} rounds\n", site.dtype.suffix(), bench.effort.rounds)?;
         let forms = [BlockKind::FusedMbConv, BlockKind::MbConv];
         let bar = bar(2 * places.len(), "blocks");
-        let mut results = Vec::new();
+        let (mut results, mut missing) = (Vec::new(), Vec::new());
         for place in &places {
             for form in forms {
-                results.push(measure(bench, place, form, &settings)?);
+                match measure(bench, place, form, &settings) {
+                    Ok(result) => results.push(result),
+                    Err(Error::Shape { problem, .. }) => {
+                        missing.push(format!("{} as {}: {problem}", place.shape, name(form)));
+                    }
+                    Err(error) => return Err(error),
+                }
                 bar.inc(1);
             }
         }
         bar.finish_and_clear();
+        missing.iter().try_for_each(|text| say!("not on this device: {text}"))?;
         print(&results, site)?;
         for crossover in crossovers(&results) {
             say!("{crossover}")?;
@@ -125,15 +132,18 @@ fn print(results: &[BlockResult], site: &Site) -> Result<()> {
 }
 
 fn chart(results: &[BlockResult], site: &Site) -> Bars {
-    let both = results.chunks(2);
-    let group = |pair: &[BlockResult]| Group {
-        label: format!("{} {}", pair[0].place.model, pair[0].place.shape),
-        values: pair.iter().map(|r| Some(r.milliseconds() / r.batch as f64)).collect(),
+    let forms = [BlockKind::FusedMbConv, BlockKind::MbConv];
+    let group = |same: &[BlockResult]| {
+        let time = |form| same.iter().find(|r| r.form == form).map(|r| r.milliseconds() / r.batch as f64);
+        Group {
+            label: format!("{} {}", same[0].place.model, same[0].place.shape),
+            values: forms.map(time).to_vec(),
+        }
     };
     Bars {
         title: site.title("Blocks"),
         x_label: "milliseconds an image, forward and backward".into(),
-        series: [BlockKind::FusedMbConv, BlockKind::MbConv].map(|form| name(form).into()).to_vec(),
-        groups: both.map(group).collect(),
+        series: forms.map(|form| name(form).into()).to_vec(),
+        groups: results.chunk_by(|a, b| a.place == b.place).map(group).collect(),
     }
 }

@@ -1,7 +1,6 @@
 //! `bench fusion`: whole networks with more and more stages fused.
 
 use super::{Common, Job, Site, milliseconds, rate, spread, table};
-use crate::Result;
 use crate::bench::fusion::{FusedKernel, FusionResult, PUBLISHED, fuse, rows, run};
 use crate::bench::{Bench, Measured};
 use crate::cli::output::say;
@@ -10,6 +9,7 @@ use crate::model::Architecture;
 use crate::report::bars::{Bars, Group};
 use crate::report::table::{Column, si, thousands};
 use crate::train::progressive::check_side;
+use crate::{Error, Result};
 use clap::ValueEnum;
 
 /// A training step with no stage fused, with the first three, the first five, and all: the paper's table 3.
@@ -59,14 +59,21 @@ impl Job for Args {
         let stages = architecture.stages.len();
         let fused_stages = rows(stages);
         let bar = bar(fused_stages.len(), "networks");
-        let mut results = Vec::new();
+        let (mut results, mut missing) = (Vec::new(), Vec::new());
         for fused in fused_stages {
             let network = fuse(&architecture, fused, kernel).network(1000);
             let settings = site.settings(network, size, batch);
-            results.push(run(bench, &settings, fused)?);
+            match run(bench, &settings, fused) {
+                Ok(result) => results.push(result),
+                Err(Error::Shape { problem, .. }) => {
+                    missing.push(format!("{}: {problem}; --kernel 3 is", label(fused)));
+                }
+                Err(error) => return Err(error),
+            }
             bar.inc(1);
         }
         bar.finish_and_clear();
+        missing.iter().try_for_each(|text| say!("not on this device: {text}"))?;
         print(&results, site)?;
         if architecture.name == "v1-b4" {
             say!("{}", published())?;

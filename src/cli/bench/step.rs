@@ -76,7 +76,9 @@ impl Job for Args {
                 let settings = site.settings(network, size, batch);
                 forget_peak();
                 let mut result = run(bench, &settings, pass)?;
-                result.mode = bench.backend.mode().into();
+                if pass == Pass::Training {
+                    result.mode = bench.backend.mode().into();
+                }
                 result.peak_bytes = result.peak_bytes.or_else(peak_resident);
                 results.push(result);
                 bar.inc(1);

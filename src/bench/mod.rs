@@ -13,6 +13,8 @@ pub mod floor;
 pub mod fusion;
 #[cfg(feature = "cuda")]
 mod gpu;
+#[cfg(feature = "peers")]
+pub mod libraries;
 pub mod machine;
 pub mod operations;
 pub mod record;

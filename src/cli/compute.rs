@@ -135,6 +135,26 @@ impl Compute {
         }
     }
 
+    /// Opens a device that runs kernels, for work on those alone, and says so in a line of output; with the element type
+    /// of tensors.
+    ///
+    /// # Errors
+    /// A device that cannot be used; the CPU, which runs no kernels.
+    #[cfg(feature = "cuda")]
+    pub(super) fn device(&self) -> Result<(crate::device::Device, Dtype)> {
+        self.limit_threads()?;
+        let (device, why) = match gpu::open(&self.device)? {
+            Some(opened) => opened,
+            None => {
+                let problem = "the CPU reference runs no kernels; name a GPU, or the host device, to go through the code";
+                return Err(Error::usage("--device", "cpu", problem));
+            }
+        };
+        let dtype = self.dtype.map_or(Dtype::Bf16, Dtype::from);
+        say!("device: {}, {dtype}; {why}", gpu::name(&device))?;
+        Ok((device, dtype))
+    }
+
     /// Limits the threads of the whole process.
     fn limit_threads(&self) -> Result<()> {
         if self.threads > 0 {
@@ -167,33 +187,44 @@ mod gpu {
         cpu: impl Fn(&str, bool) -> Result<()>,
         work: W,
     ) -> Result<W::Output> {
-        let (device, why) = match device {
-            DeviceName::Auto => match usable(0) {
-                Ok(device) => (device, "found by --device auto"),
-                Err(error) => {
-                    cpu(&error.to_string(), false)?;
-                    return work.on(Reference::<f32>::new());
-                }
-            },
-            DeviceName::Cuda(ordinal) => (usable(*ordinal)?, "--device cuda"),
-            DeviceName::Host(path) => (host(path.as_deref())?, "--device host"),
-            DeviceName::Cpu => {
+        let (device, why) = match open(device) {
+            Ok(Some(opened)) => opened,
+            Ok(None) => {
                 cpu("--device cpu", true)?;
                 return work.on(Reference::<f32>::new());
             }
+            Err(error) if *device == DeviceName::Auto => {
+                cpu(&error.to_string(), false)?;
+                return work.on(Reference::<f32>::new());
+            }
+            Err(error) => return Err(error),
         };
         let dtype = dtype.unwrap_or(Dtype::Bf16);
-        let gpu = device.gpu();
-        let name = match device.is_host() {
-            true => "host device, the GPU's kernels on the CPU".to_owned(),
-            false => format!("GPU {} ({})", gpu.ordinal, gpu.name),
-        };
-        announce(&name, dtype, why)?;
+        announce(&name(&device), dtype, why)?;
         let graphs = flags.graph == Switch::On;
         match dtype {
             Dtype::F32 => work.on(Accelerated::<f32>::new(&device, graphs)?),
             Dtype::F16 => work.on(Accelerated::<f16>::new(&device, graphs)?),
             Dtype::Bf16 => work.on(Accelerated::<bf16>::new(&device, graphs)?),
+        }
+    }
+
+    /// The device of that name and why it is that; none for the CPU.
+    pub(super) fn open(name: &DeviceName) -> Result<Option<(Device, &'static str)>> {
+        Ok(Some(match name {
+            DeviceName::Auto => (usable(0)?, "found by --device auto"),
+            DeviceName::Cuda(ordinal) => (usable(*ordinal)?, "--device cuda"),
+            DeviceName::Host(path) => (host(path.as_deref())?, "--device host"),
+            DeviceName::Cpu => return Ok(None),
+        }))
+    }
+
+    /// In words.
+    pub(super) fn name(device: &Device) -> String {
+        let gpu = device.gpu();
+        match device.is_host() {
+            true => "host device, the GPU's kernels on the CPU".to_owned(),
+            false => format!("GPU {} ({})", gpu.ordinal, gpu.name),
         }
     }
 

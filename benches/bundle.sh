@@ -18,6 +18,10 @@ while [ $# -gt 0 ]; do
     esac
 done
 export EFFNETV2_REQUIRE_CUDA=1
+# Where CI puts the compiler, unless there is another.
+if ! command -v nvcc >/dev/null && [ -z "${NVCC:-}${VIRTUAL_ENV:-}" ] && [ -d target/nvcc ]; then
+    export VIRTUAL_ENV=$PWD/target/nvcc
+fi
 command -v xz >/dev/null || { echo "xz packs the programs: install it (xz-utils)" >&2 && exit 1; }
 
 commit=$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)

@@ -205,8 +205,8 @@ criterion() {
     [ -n "$gpu" ] || skip "no GPU"
     local one count=0
     for one in "$programs"/bench/*; do
-        # Those of the CPU are long and no matter of the GPU.
-        case $one in */training_step | */resize | *'*') continue ;; esac
+        # That of the CPU is long and no matter of the GPU.
+        case $one in */training_step | *'*') continue ;; esac
         echo "== $(basename "$one")"
         (cd "$out" && "$one" --bench --noplot --sample-size 10 --warm-up-time 0.1 --measurement-time 0.3) || return
         count=$((count + 1))

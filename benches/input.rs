@@ -43,7 +43,12 @@ struct Photographs {
 }
 
 /// `images` photographs of `width` × `height` pixels, of each the middle square, to `side` × `side`.
-fn photographs(device: &Device, images: usize, [width, height]: [usize; 2], side: usize) -> Result<Photographs> {
+fn photographs(
+    device: &Device,
+    images: usize,
+    [width, height]: [usize; 2],
+    side: usize,
+) -> Result<Photographs> {
     let length = images * width * height * 3;
     let crop = CropBox { left: (width - height) / 2, top: 0, width: height, height };
     let source = |i| Source { offset: i * width * height * 3, width, height, crop };
@@ -65,7 +70,12 @@ fn resize(set: &mut Photographs) -> Result<()> {
 fn benchmarks(bench: &mut Bench) -> Result<()> {
     let (images, side) = bench.size((64, 300), (2, 7));
     let work = forward_work(images, side, Dtype::Bf16);
-    bench.case(&format!("{images}×{side}×{side}×3"), &[work], |device| make(device, images, side), forward)?;
+    bench.case(
+        &format!("{images}×{side}×{side}×3"),
+        &[work],
+        |device| make(device, images, side),
+        forward,
+    )?;
     let (images, size, side) = bench.size((64, [500, 375], 300), (2, [20, 15], 9));
     let make = |device: &_| photographs(device, images, size, side);
     // What it reads depends on the images.

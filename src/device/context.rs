@@ -80,6 +80,14 @@ impl Device {
         &self.0.gpu
     }
 
+    /// The newest CUDA that its driver knows, (major, minor).
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn driver(&self) -> Result<(u32, u32)> {
+        probe::driver_version()
+    }
+
     /// Whether it is the host device.
     pub fn is_host(&self) -> bool {
         self.0.is_host

@@ -19,6 +19,7 @@ mod raw;
 pub mod squeeze_excite;
 pub mod stem;
 mod step;
+pub mod tuning;
 mod work;
 mod workspace;
 

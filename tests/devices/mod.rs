@@ -73,7 +73,9 @@ fn build_host_device() -> Option<PathBuf> {
     }
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/host/build.sh");
     if !script.exists() {
-        not_run("the host device is built from sources that are not here (EFFNETV2_HOST_DEVICE names a built one)");
+        not_run(
+            "the host device is built from sources that are not here (EFFNETV2_HOST_DEVICE names a built one)",
+        );
         return None;
     }
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("host-device");

@@ -12,7 +12,7 @@ mod plans;
 mod recorder;
 
 pub use buffer::{Buffer, FusedElement};
-pub use planner::{Footprint, Planner};
+pub use planner::{Convolution, ConvolutionPass, Footprint, Planner};
 
 use super::RawView;
 use super::batch_norm::{Merge, MergeGradient};
@@ -20,6 +20,7 @@ use super::head::Dropout;
 use super::operand::{Arrival, Debt, GradientOutput, GradientView, Input, Output, Statistics};
 use super::optimizer::{Buffers, Optimizer};
 use super::squeeze_excite::{self, BackwardInput, Gradients, StateMut, Weights};
+use super::tuning::Tuning;
 use crate::backend::{
     self, Backend, Classifier, ConvNorm, DropPath, Gradient, Load, Memory, Mode, Normalisation, PassKind,
     Raw, SqueezeExcite, State, StepKey, Variables,
@@ -136,12 +137,20 @@ impl<T: FusedElement> Accelerated<T> {
     /// # Errors
     /// [`Error::Driver`].
     pub fn new(device: &Device, graphs: bool) -> Result<Self> {
+        Self::tuned(device, graphs, None)
+    }
+
+    /// As [`new`](Self::new), with launches as a tuning chooses them.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn tuned(device: &Device, graphs: bool, tuning: Option<Arc<Tuning>>) -> Result<Self> {
         Ok(Self {
             recorder: Recorder::new(graphs),
             arena: Arena::new(device, SMALLEST_ARENA)?,
             scratch: Scratch::new(device)?,
             device: device.clone(),
-            plans: Plans::default(),
+            plans: Plans::tuned(tuning),
             feeds: Feeds::default(),
             optimizer: None,
             loss_scale: 1.0,
@@ -164,8 +173,11 @@ impl<T: FusedElement> Accelerated<T> {
         self.recorder.graphs()
     }
 
-    fn rehearsed(rehearse: &mut impl FnMut(&mut Planner) -> Result<()>) -> Result<Planner> {
+    fn rehearsed(&self, rehearse: &mut impl FnMut(&mut Planner) -> Result<()>) -> Result<Planner> {
         let mut planner = Planner::new(T::DTYPE);
+        if let Some(tuning) = self.plans.tuning() {
+            planner = planner.tuned(Arc::clone(tuning));
+        }
         rehearse(&mut planner)?;
         Ok(planner)
     }
@@ -311,7 +323,7 @@ impl<T: FusedElement> Backend for Accelerated<T> {
     }
 
     fn prepare(&mut self, mut rehearse: impl FnMut(&mut Planner) -> Result<()>) -> Result<()> {
-        let planner = Self::rehearsed(&mut rehearse)?;
+        let planner = self.rehearsed(&mut rehearse)?;
         let mut changed = self.feeds.add_drops(planner.drops());
         let footprint = planner.footprint();
         if footprint.arena > self.arena.capacity() {
@@ -338,7 +350,7 @@ impl<T: FusedElement> Backend for Accelerated<T> {
     }
 
     fn memory(&self, mut rehearse: impl FnMut(&mut Planner) -> Result<()>) -> Result<Option<Memory>> {
-        let footprint = Self::rehearsed(&mut rehearse)?.footprint();
+        let footprint = self.rehearsed(&mut rehearse)?.footprint();
         let (needed, buffers) = (footprint.passes(), footprint.buffers);
         Ok(Some(Memory { needed, buffers, available: self.available()? }))
     }

@@ -9,6 +9,10 @@
 //! are then read, and what they owe is computed, half as often. Weight gradients are computed in tiles of 64 outputs × 128
 //! inputs, the pixels being cut so that there are about 528 blocks. All of it follows from the shape, so results are the
 //! same on every GPU.
+//!
+//! Both gradients come of one launch. It reads what they are made of once ([`Passes::One`], `pointwise_one_pass`) where
+//! channels are few enough and that moves clearly fewer bytes, partial results and what column groups read again included;
+//! otherwise the blocks of one gradient are followed by those of the other ([`Passes::Two`]).
 
 use super::gemm::{
     ForwardArgument, GradientArgument, Grid, InputArgument, THREADS, TargetArgument, Tile, WeightGrid,
@@ -18,6 +22,7 @@ use super::operand::{
     Arrival, GradientKind, GradientOutput, GradientView, Input, InputKind, NormFinish, Output, OutputKind,
     OwedFinish,
 };
+use super::pointwise_one_pass::{self, OnePass};
 use super::raw::{RawElement, check_shape};
 use super::work::{Cost, Work};
 use super::workspace::Workspace;
@@ -81,6 +86,15 @@ const CLASSIFIER: &str = "classifier";
 const BIAS_COLUMNS: u32 = 32;
 /// Blocks that a GPU should have at least.
 const BUSY: u32 = 132;
+
+/// How often both gradients read what they are made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Passes {
+    /// Once, for both.
+    One,
+    /// Once for each.
+    Two,
+}
 
 /// The launches of one shape and element type, known without a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -205,10 +219,17 @@ impl PointwiseWork {
         let (gradient, pay) = self.gradient();
         let gated = output == GradientKind::Gated;
         let tile = if gated { &Tile::NARROW } else { self.tile(c) };
-        let (extra, operations) = match output {
-            GradientKind::Plain { skip } => (if skip { dx } else { 0 }, if skip { elements } else { 0 }),
-            GradientKind::Silu => (dx + 16 * c as u64 + self.partial(c), 14 * elements),
-            GradientKind::Gated => (dx + 16 * c as u64 + 20 * (self.x.n * c) as u64, 20 * elements),
+        let operations = output_operations(output) * elements;
+        let extra = match output {
+            GradientKind::Plain { skip } => {
+                if skip {
+                    dx
+                } else {
+                    0
+                }
+            }
+            GradientKind::Silu => dx + 16 * c as u64 + self.partial(c),
+            GradientKind::Gated => dx + 16 * c as u64 + 20 * (self.x.n * c) as u64,
         };
         Work {
             kernel: self.gradient_kernel("dgrad", output),
@@ -265,8 +286,62 @@ impl PointwiseWork {
         }
     }
 
+    /// How [`Pointwise::backward`] reads its operands: once if that moves fewer bytes by an eighth at least. A block that
+    /// keeps weights and their gradient leaves little of a multiprocessor to others, which less would not pay for.
+    pub fn passes(&self, input: InputKind, output: GradientKind) -> Passes {
+        let two = self.two_passes(input, output).cost.bytes;
+        match self.one_pass(input, output) {
+            Some(one) if self.one_pass_cost(&one, output).bytes <= two - two / 8 => Passes::One,
+            _ => Passes::Two,
+        }
+    }
+
     /// The launch of [`Pointwise::backward`].
     pub fn backward(&self, input: InputKind, output: GradientKind) -> Work {
+        let passes = self.passes(input, output);
+        self.backward_in(passes, input, output).unwrap_or_else(|| self.two_passes(input, output))
+    }
+
+    /// The launch of [`Pointwise::backward_in`]; none if the shape, the type or the operands are not for one pass.
+    pub fn backward_in(&self, passes: Passes, input: InputKind, output: GradientKind) -> Option<Work> {
+        match passes {
+            Passes::Two => Some(self.two_passes(input, output)),
+            Passes::One => self.one_pass(input, output).map(|one| Work {
+                kernel: one.kernel.into(),
+                grid: [one.blocks(), 1, 1],
+                shared: one.shared,
+                cost: self.one_pass_cost(&one, output),
+            }),
+        }
+    }
+
+    fn one_pass(&self, input: InputKind, output: GradientKind) -> Option<OnePass> {
+        OnePass::new(self.x, self.outputs, self.dtype, input, output)
+    }
+
+    fn one_pass_cost(&self, one: &OnePass, output: GradientKind) -> Cost {
+        let (n, c, o) = (self.x.n, self.x.c as u64, self.outputs as u64);
+        let (runs, groups) = (u64::from(one.grid.runs), u64::from(one.grid.groups));
+        let (x, dy, elements) = (self.tensor(self.x.c), self.tensor(self.outputs), self.x.elements() as u64);
+        let (extra, input_operations) = match output {
+            GradientKind::Plain { skip } => (if skip { x } else { 0 }, 0),
+            GradientKind::Silu => (16 * c + 16 * runs * c, 1),
+            GradientKind::Gated => (16 * c + 24 * n as u64 * c, 2),
+        };
+        Cost {
+            bytes: 2 * dy * groups
+                + 12 * o
+                + 2 * x
+                + extra
+                + self.weights()
+                + 8 * c * o
+                + 8 * one.partial() as u64,
+            tensor_operations: 2 * self.tensor_operations(),
+            operations: self.gradient().1 + (output_operations(output) + input_operations) * elements,
+        }
+    }
+
+    fn two_passes(&self, input: InputKind, output: GradientKind) -> Work {
         let (dgrad, wgrad) = (self.dgrad(output), self.wgrad(input));
         Work {
             kernel: self.gradient_kernel("backward", output),
@@ -276,10 +351,40 @@ impl PointwiseWork {
         }
     }
 
-    /// Floats of a [`Workspace`] that every launch does with.
+    /// Operands of both gradients that may come in one pass.
+    const KINDS: [(InputKind, GradientKind); 4] = [
+        (InputKind::Plain, GradientKind::Plain { skip: false }),
+        (InputKind::Plain, GradientKind::Plain { skip: true }),
+        (InputKind::Silu, GradientKind::Silu),
+        (InputKind::Gated, GradientKind::Gated),
+    ];
+
+    /// Floats of a [`Workspace`] that every launch does with, but for one pass where two are better.
     pub fn workspace_floats(&self) -> usize {
         let sums = |columns: usize| 2 * self.grid(columns).runs as usize * columns;
-        (self.weight_grid().partial() + sums(self.x.c)).max(sums(self.outputs))
+        let two = self.weight_grid().partial() + sums(self.x.c);
+        let chosen =
+            Self::KINDS.into_iter().filter(|&(input, output)| self.passes(input, output) == Passes::One);
+        two.max(sums(self.outputs)).max(self.most_floats(chosen))
+    }
+
+    /// Floats of a [`Workspace`] that one pass does with wherever it is possible.
+    pub fn one_pass_floats(&self) -> usize {
+        self.most_floats(Self::KINDS)
+    }
+
+    fn most_floats(&self, kinds: impl IntoIterator<Item = (InputKind, GradientKind)>) -> usize {
+        let passes = kinds.into_iter().filter_map(|(input, output)| self.one_pass(input, output));
+        passes.map(|one| one.floats()).max().unwrap_or(0)
+    }
+}
+
+/// Operations for each element of dx.
+const fn output_operations(output: GradientKind) -> u64 {
+    match output {
+        GradientKind::Plain { skip } => skip as u64,
+        GradientKind::Silu => 14,
+        GradientKind::Gated => 20,
     }
 }
 
@@ -294,6 +399,8 @@ pub struct Pointwise<T> {
     wgrad: Kernel,
     backward: Kernel,
     backward_gated: Kernel,
+    one_pass: Option<Kernel>,
+    one_pass_gated: Option<Kernel>,
     element: PhantomData<fn() -> T>,
 }
 
@@ -302,6 +409,14 @@ fn load(device: &Device, work: &Work) -> Result<Kernel> {
     let kernel = device.module(&FAMILY)?.kernel(&work.kernel)?;
     kernel.allow_shared(work.shared)?;
     Ok(kernel)
+}
+
+/// A kernel for one pass, allowed all the shared memory that any shape needs.
+fn load_one_pass(device: &Device, one: Option<OnePass>) -> Result<Option<Kernel>> {
+    let Some(one) = one else { return Ok(None) };
+    let kernel = device.module(&pointwise_one_pass::FAMILY)?.kernel(one.kernel)?;
+    kernel.allow_shared(pointwise_one_pass::SHARED)?;
+    Ok(Some(kernel))
 }
 
 impl<T: RawElement> Pointwise<T> {
@@ -318,8 +433,10 @@ impl<T: RawElement> Pointwise<T> {
             dgrad: load(device, &work.dgrad(GradientKind::Plain { skip: false }))?,
             gated: load(device, &work.dgrad(GradientKind::Gated))?,
             wgrad: load(device, &work.wgrad(InputKind::Plain))?,
-            backward: load(device, &work.backward(InputKind::Plain, GradientKind::Plain { skip: false }))?,
-            backward_gated: load(device, &work.backward(InputKind::Plain, GradientKind::Gated))?,
+            backward: load(device, &work.two_passes(InputKind::Plain, GradientKind::Plain { skip: false }))?,
+            backward_gated: load(device, &work.two_passes(InputKind::Gated, GradientKind::Gated))?,
+            one_pass: load_one_pass(device, work.one_pass(InputKind::Silu, GradientKind::Silu))?,
+            one_pass_gated: load_one_pass(device, work.one_pass(InputKind::Gated, GradientKind::Gated))?,
             element: PhantomData,
         })
     }
@@ -506,12 +623,34 @@ impl<T: RawElement> Pointwise<T> {
         )
     }
 
-    /// Both gradients, [`dgrad`](Self::dgrad) and [`wgrad`](Self::wgrad), in one launch.
+    /// Both gradients, [`dgrad`](Self::dgrad) and [`wgrad`](Self::wgrad), in one launch. It reads its operands as
+    /// [`PointwiseWork::passes`] says.
     ///
     /// # Errors
-    /// As for [`dgrad`](Self::dgrad).
+    /// As for [`dgrad`](Self::dgrad), and for an input that owes SiLU of another tensor or normalisation than `output`
+    /// does.
     pub fn backward(
         &self,
+        stream: &Arc<CudaStream>,
+        input: Input<'_, '_, T>,
+        gradient: GradientView<'_, '_, T>,
+        weight: &CudaView<'_, T>,
+        dx: &mut CudaViewMut<'_, T>,
+        dweight: &mut CudaViewMut<'_, f32>,
+        output: GradientOutput<'_, '_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        let passes = self.work.passes(input.kind(), output.kind());
+        self.backward_in(passes, stream, input, gradient, weight, dx, dweight, output, workspace)
+    }
+
+    /// [`backward`](Self::backward) in one pass or in two. The results differ by roundings: sums are taken in another order.
+    ///
+    /// # Errors
+    /// As for [`backward`](Self::backward), and where [`PointwiseWork::backward_in`] knows no launch.
+    pub fn backward_in(
+        &self,
+        passes: Passes,
         stream: &Arc<CudaStream>,
         input: Input<'_, '_, T>,
         gradient: GradientView<'_, '_, T>,
@@ -531,22 +670,86 @@ impl<T: RawElement> Pointwise<T> {
         operands.write("dweight", dweight, weights)?;
         output.check(&mut operands, x)?;
         self.check_sums(output.kind())?;
-        let work = self.work.backward(input.kind(), output.kind());
+        check_same_input(stream, &input, &output)?;
+        let work =
+            self.work.backward_in(passes, input.kind(), output.kind()).ok_or_else(|| Error::Shape {
+                operation: OPERATION,
+                problem: format!(
+                    "there is no single pass for {x} from {} channels as {:?}",
+                    y_shape.c,
+                    T::DTYPE
+                ),
+            })?;
+        let one = self.work.one_pass(input.kind(), output.kind()).filter(|_| passes == Passes::One);
         let (grid, weight_grid) = (self.work.gradient_grid(output.kind()), self.work.weight_grid());
-        let (floats, groups) = self.work.gradient_workspace(output.kind());
-        workspace.check(OPERATION, floats + weight_grid.partial(), groups + weight_grid.counters())?;
+        let (floats, counters) = match &one {
+            Some(one) => (one.floats(), one.counters()),
+            None => {
+                let (floats, groups) = self.work.gradient_workspace(output.kind());
+                (floats + weight_grid.partial(), groups + weight_grid.counters())
+            }
+        };
+        workspace.check(OPERATION, floats, counters)?;
         let dy = self.gradient_argument(&gradient, stream);
         let input = InputArgument::new(&input, stream, self.work.rows(), x.c as u32, self.work.pixels());
         let (to, owed, sums) = self.target(stream, dx, &mut output);
-        let kernel = if sums.is_some() { &self.backward_gated } else { &self.backward };
+        let (kernel, of_one_pass) = match sums {
+            Some(_) => (&self.backward_gated, &self.one_pass_gated),
+            None => (&self.backward, &self.one_pass),
+        };
         let (mut partial, mut counters) = (workspace.partial.as_view_mut(), workspace.counters.as_view_mut());
+        let shapes = format_args!("{x} from {} channels", y_shape.c);
+        if let (Some(one), Some(kernel)) = (one, of_one_pass) {
+            let mut launch = kernel.on(stream);
+            launch
+                .value(&dy)
+                .input(weight)
+                .value(&to)
+                .value(&input)
+                .output(dweight)
+                .value(&one.grid)
+                .value(&owed);
+            launch.optional(sums).output(&mut partial).output(&mut counters);
+            // SAFETY: all buffers have their shapes, whose channels are multiples of 8, and what is written overlaps nothing;
+            // the input is what the target's sums are of. A block writes the rows of its run and the columns of its group,
+            // those that exist, their sums or partial sums, and its own partial results, or those elements of dweight that
+            // are its group's alone: the last block of the group. There are as many of each, and counters, as were checked.
+            return unsafe { launch.run(work.grid, work.shared, shapes) };
+        }
         let mut launch = kernel.on(stream);
         launch.value(&dy).input(weight).value(&to).value(&input).output(dweight);
         launch.value(&grid).value(&weight_grid).value(&owed).optional(sums);
         launch.output(&mut partial).output(&mut counters);
         // SAFETY: as in `dgrad` for the first blocks and in `wgrad` for the others, whose partial tiles and counters lie
         // behind the partial sums and counters of the first.
-        unsafe { launch.run(work.grid, work.shared, format_args!("{x} from {} channels", y_shape.c)) }
+        unsafe { launch.run(work.grid, work.shared, shapes) }
+    }
+}
+
+/// Refuses an input made of another tensor than the one that its gradient passes through.
+fn check_same_input<T: RawElement>(
+    stream: &Arc<CudaStream>,
+    input: &Input<'_, '_, T>,
+    output: &GradientOutput<'_, '_, T>,
+) -> Result<()> {
+    let owed = match input {
+        Input::Plain(_) => None,
+        Input::Silu { y, norm } | Input::Gated { y, norm, .. } => {
+            Some((address(*y, stream), address(*norm, stream)))
+        }
+    };
+    let passed = match output {
+        GradientOutput::Plain { .. } => None,
+        GradientOutput::Silu { y, debt } => Some((address(*y, stream), address(debt.norm, stream))),
+        GradientOutput::Gated { y, norm, .. } => Some((address(*y, stream), address(*norm, stream))),
+    };
+    match (owed, passed) {
+        (Some(owed), Some(passed)) if owed != passed => {
+            let problem = "the input and its gradient's epilogue name different tensors or normalisations, but dx is of \
+                           what the input was made of";
+            Err(Error::Shape { operation: OPERATION, problem: problem.into() })
+        }
+        _ => Ok(()),
     }
 }
 

@@ -14,6 +14,68 @@ pub(super) struct Bounds {
     pub(super) halo: u32,
 }
 
+/// `ConvTileOf`: a spatial tile by so many columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Columns {
+    /// The ending of its kernels' names, before that of the type.
+    pub(super) name: &'static str,
+    pub(super) columns: u32,
+}
+
+/// Rows of the product, each a pixel of a tile, and what a kernel has tables for.
+pub(super) const BOUNDS: Bounds = Bounds { pixels: 256, halo: 384 };
+/// Threads of a block.
+pub(super) const THREADS: u32 = 128;
+const WARPS: u32 = THREADS / 32;
+const STAGES: u32 = 3;
+/// Bytes of a chunk of channels.
+const CHUNK_BYTES: u32 = 64;
+
+impl Columns {
+    const C32: Self = Self { name: "tiles32", columns: 32 };
+    const C48: Self = Self { name: "tiles48", columns: 48 };
+    const C64: Self = Self { name: "tiles64", columns: 64 };
+
+    /// Of those there are for fprop, whose sums over rows need a power of two, the widest that computes the fewest.
+    pub(super) fn forward(columns: u32) -> Self {
+        Self::of(columns, &[Self::C64, Self::C32])
+    }
+
+    /// Of those there are for dgrad.
+    pub(super) fn backward(columns: u32) -> Self {
+        Self::of(columns, &[Self::C64, Self::C48, Self::C32])
+    }
+
+    fn of(columns: u32, all: &[Self]) -> Self {
+        let computed = |tile: &&Self| columns.next_multiple_of(tile.columns);
+        // The first of those that are equal.
+        *all.iter().min_by_key(computed).unwrap_or(&Self::C64)
+    }
+
+    /// Bytes of `ConvMemory`, of weights whose rows in it have `row` bytes.
+    const fn shared(&self, rows: u32, row: u32, tiles: &ConvTiles) -> u32 {
+        let turn_rows = if self.columns < 64 { 16 } else { 8 };
+        let turns = WARPS * turn_rows * (self.columns + 8) * 4;
+        let pivots = WARPS * self.columns * 4;
+        STAGES * rows * row + turns + pivots + 2 * 4 * BOUNDS.halo + 2 * CHUNK_BYTES * tiles.halo()
+    }
+
+    /// The same of fprop.
+    pub(super) const fn shared_forward(&self, tiles: &ConvTiles) -> u32 {
+        self.shared(self.columns, CHUNK_BYTES, tiles)
+    }
+
+    /// The same of dgrad.
+    pub(super) const fn shared_backward(&self, tiles: &ConvTiles) -> u32 {
+        self.shared(CHUNK_BYTES / 2, if self.columns == 32 { 64 } else { 128 }, tiles)
+    }
+
+    /// Groups of so many columns.
+    pub(super) const fn groups(&self, columns: u32) -> u32 {
+        columns.div_ceil(self.columns)
+    }
+}
+
 /// `ConvTiles`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,9 +144,7 @@ impl Argument for ConvTiles {
 
 #[cfg(test)]
 mod tests {
-    use super::{Bounds, ConvTiles};
-
-    const BOUNDS: Bounds = Bounds { pixels: 256, halo: 384 };
+    use super::{BOUNDS, Bounds, Columns, ConvTiles};
 
     fn tile(height: u32, width: u32, bounds: Bounds) -> [u32; 3] {
         let tiles = ConvTiles::new(1, height, width, bounds);
@@ -105,6 +165,25 @@ mod tests {
         // A single row, a single column, and sides of which nothing divides.
         assert_eq!(tile(1, 1000, BOUNDS), [1, 125, 8]);
         assert_eq!(tile(1000, 1, BOUNDS), [125, 1, 8]);
+    }
+
+    #[test]
+    fn columns_fit_layers() {
+        let forward = |columns| Columns::forward(columns).columns;
+        assert_eq!([16, 24, 64, 80, 192, 256].map(forward), [32, 32, 64, 32, 64, 64]);
+        let backward = |columns| Columns::backward(columns).columns;
+        assert_eq!([8, 24, 48, 64, 80, 96, 128, 200].map(backward), [32, 32, 48, 64, 48, 48, 64, 32]);
+    }
+
+    /// The least of all GPUs since sm_80: 99 KB.
+    #[test]
+    fn the_largest_halo_has_room() {
+        let tiles = ConvTiles::new(1, 14, 22, Bounds { pixels: 14 * 22, halo: 384 });
+        assert_eq!(tiles.halo(), BOUNDS.halo);
+        for columns in [Columns::C32, Columns::C48, Columns::C64] {
+            let most = columns.shared_forward(&tiles).max(columns.shared_backward(&tiles));
+            assert!(most <= 99 * 1024, "{columns:?}: {most}");
+        }
     }
 
     #[test]

@@ -297,7 +297,7 @@ __device__ __forceinline__ void fprop_tiles(const T* x, const T* weight, const F
     ForwardEpilogue<Tile> epilogue(to, pixels, outputs, dynamic_shared<float>(Memory::pivots));
     convolve<Tile, Direction::forward>(PlainHalo<T>{x, inputs}, weight, outputs, tiles, walk, epilogue);
     if (!to.moments) return;
-    // A warp counts its own rows; the table of sources is not needed any more, after the barriers of the last steps.
+    // A warp counts its own rows; the table is not needed any more, after the barriers of the last steps.
     static_assert(Tile::wm == 64 && Tile::warps_n == 1, "two rows for a lane");
     unsigned alive = 0;
     for (unsigned t = walk.first; t < walk.first + walk.count; ++t) {
@@ -307,7 +307,7 @@ __device__ __forceinline__ void fprop_tiles(const T* x, const T* weight, const F
     }
 #pragma unroll
     for (unsigned offset = 16; offset != 0; offset /= 2) alive += __shfl_xor_sync(0xffffffffu, alive, int(offset));
-    unsigned* const counts = dynamic_shared<unsigned>(Memory::sources);
+    unsigned* const counts = dynamic_shared<unsigned>(Memory::table);
     if (threadIdx.x % 32 == 0) counts[threadIdx.x / 32] = alive;
     epilogue.finish(grid, partial, counters, norm, [&](unsigned w) { return counts[w]; },
                     [&](unsigned r) {

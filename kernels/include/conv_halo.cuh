@@ -45,7 +45,7 @@ struct ConvWalk {
 };
 
 /// Shared memory: the pipeline of weights, which may be used for other things in the end; a piece for each warp's turn; what
-/// epilogues ask for; tables; and two halos, which alone depend on the tiles.
+/// epilogues ask for; a table; and two halos, which alone depend on the tiles.
 template <class Tile, Direction direction> struct ConvMemory {
     static constexpr unsigned chunk = 32, most_halo = 384;
     /// Of the weights' rows, in pieces of 16 bytes.
@@ -54,8 +54,7 @@ template <class Tile, Direction direction> struct ConvMemory {
     static constexpr unsigned stage = down * across * 16, pipeline = Tile::stages * stage;
     static constexpr unsigned turn = pipeline, turn_bytes = Tile::threads / 32 * Tile::turn_floats * sizeof(float);
     static constexpr unsigned pivots = turn + turn_bytes, pivot_bytes = Tile::warps_m * Tile::bn * sizeof(float);
-    static constexpr unsigned sources = pivots + pivot_bytes, targets = sources + most_halo * 4;
-    static constexpr unsigned halo = targets + most_halo * 4;
+    static constexpr unsigned table = pivots + pivot_bytes, halo = table + most_halo * 8;
     static_assert(halo % 128 == 0, "lines of all banks");
 };
 
@@ -67,11 +66,11 @@ template <class Element> struct PlainHalo {
 
     struct Held {};
 
-    __device__ __forceinline__ void fetch(Held&, T* to, unsigned offset, bool inside) const {
-        cp_async<16>(to, x + (inside ? offset : 0u), inside ? 16u : 0u);
+    /// Eight channels to byte `to` of shared memory.
+    __device__ __forceinline__ void fetch(Held&, unsigned to, unsigned offset, bool inside) const {
+        cp_async<16>(dynamic_shared<T>(to), x + (inside ? offset : 0u), inside ? 16u : 0u);
     }
-    template <unsigned count>
-    __device__ __forceinline__ void put(Held (&)[count], T* (&)[count], unsigned) const {}
+    template <unsigned count> __device__ __forceinline__ void put(Held (&)[count], unsigned) const {}
 };
 
 /// dy = a g + b y + c of g and y [images, height, width, channels] and `owed` [3, channels] = a, b, c.
@@ -82,84 +81,108 @@ template <class Element> struct OwingHalo {
     unsigned channels;
 
     struct Held {
-        uint4 g, y;
-        bool inside;
+        uint4 g{}, y{};
+        /// 0: nothing is held.
+        unsigned to = 0;
+        bool inside = false;
     };
 
-    __device__ __forceinline__ void fetch(Held& held, T*, unsigned offset, bool inside) const {
-        held.g = held.y = make_uint4(0, 0, 0, 0);
+    __device__ __forceinline__ void fetch(Held& held, unsigned to, unsigned offset, bool inside) const {
+        held.to = to;
         held.inside = inside;
-        if (!inside) return;
-        held.g = load16<uint4, Cache::l2>(g + offset);
-        held.y = load16<uint4, Cache::l2>(y + offset);
+        held.g = load16<uint4, Cache::l2>(g + (inside ? offset : 0u));
+        held.y = load16<uint4, Cache::l2>(y + (inside ? offset : 0u));
     }
-    /// Pieces of the same eight channels from `channel` on, null where there is none.
-    template <unsigned count>
-    __device__ __forceinline__ void put(Held (&held)[count], T* (&to)[count], unsigned channel) const {
-        const auto pay = [](uint32_t& g, uint32_t y, const float* a, const float* b, const float* c) {
+    /// Pieces of the same eight channels from `channel` on; none are inside if those do not exist.
+    template <unsigned count> __device__ __forceinline__ void put(Held (&held)[count], unsigned channel) const {
+        const unsigned first = min(channel, channels - 8);
+        const auto pay = [](uint32_t g, uint32_t y, const OwedColumns& v, unsigned j, bool inside) {
             const float2 gradient = unpack2<T>(g), raw = unpack2<T>(y);
-            g = pack2<T>(a[0] * gradient.x + (b[0] * raw.x + c[0]), a[1] * gradient.y + (b[1] * raw.y + c[1]));
+            const float low = v.a[j] * gradient.x + (v.b[j] * raw.x + v.c[j]);
+            const float high = v.a[j + 1] * gradient.y + (v.b[j + 1] * raw.y + v.c[j + 1]);
+            return inside ? pack2<T>(low, high) : 0u;
         };
         // Four channels after the other four, for the registers.
 #pragma unroll
         for (unsigned half = 0; half < 2; ++half) {
-            OwedColumns v{};
-            if (channel < channels) {
-                load_vector(owed + channel + 4 * half, v.a);
-                load_vector(owed + channels + channel + 4 * half, v.b);
-                load_vector(owed + 2 * channels + channel + 4 * half, v.c);
-            }
+            OwedColumns v;
+            load_vector(owed + first + 4 * half, v.a);
+            load_vector(owed + channels + first + 4 * half, v.b);
+            load_vector(owed + 2 * channels + first + 4 * half, v.c);
 #pragma unroll
             for (unsigned p = 0; p < count; ++p) {
-                if (!to[p] || !held[p].inside) continue;
                 uint4 &g = held[p].g, &y = held[p].y;
-                pay(half == 0 ? g.x : g.z, half == 0 ? y.x : y.z, v.a, v.b, v.c);
-                pay(half == 0 ? g.y : g.w, half == 0 ? y.y : y.w, v.a + 2, v.b + 2, v.c + 2);
+                if (half == 0) {
+                    g.x = pay(g.x, y.x, v, 0, held[p].inside);
+                    g.y = pay(g.y, y.y, v, 2, held[p].inside);
+                } else {
+                    g.z = pay(g.z, y.z, v, 0, held[p].inside);
+                    g.w = pay(g.w, y.w, v, 2, held[p].inside);
+                }
             }
         }
 #pragma unroll
         for (unsigned p = 0; p < count; ++p)
-            if (to[p]) store16(to[p], held[p].g);
+            if (held[p].to != 0) store16(dynamic_shared<T>(held[p].to), held[p].g);
     }
 };
 
 namespace conv_detail {
 
-/// The weights [columns, 9, channels] or [channels, 9, columns] on their way: of a step 32 channels of bn columns.
+/// The weights [columns, 9, channels] or [channels, 9, columns] on their way: of a step 32 channels of bn columns. A thread
+/// fetches piece threadIdx % across of rows threadIdx / across, + rows, ..., which in shared memory are swizzled alike.
 template <class Tile, Direction direction> struct Weights {
     using T = typename Tile::T;
     using Memory = ConvMemory<Tile, direction>;
     static constexpr bool forward = direction == Direction::forward;
     static constexpr unsigned across = Memory::across, rows = Tile::threads / across, count = Memory::down / rows;
-    static_assert(Tile::threads % across == 0 && Memory::down % rows == 0, "every thread fetches as much");
+    static_assert(Tile::threads % across == 0 && Memory::down % rows == 0 && rows % 8 == 0, "all threads alike");
 
     const T* data;
-    unsigned channels, columns, first_column;
-    /// Of the step to be fetched next, and how many there are still.
-    unsigned chunk, tap, left;
+    unsigned channels, columns;
+    /// The thread's first piece: where it comes from with the next step, in elements, and where it goes in a stage, in bytes.
+    unsigned offset, to;
+    /// Of its first row, and of its pieces in a row.
+    unsigned row, column;
+    /// Of the next step; and how many steps there are still.
+    unsigned chunk = 0, tap = 0, left;
 
-    /// Piece c of row r, in elements.
+    /// Byte of piece c of row r in a stage.
     __device__ static __forceinline__ unsigned at(unsigned r, unsigned c) {
-        return (r * across + (c ^ (across == 8 ? r % 8 : r / 2 % 4))) * 8;
+        return (r * across + (c ^ (across == 8 ? r % 8 : r / 2 % 4))) * 16;
     }
 
-    __device__ __forceinline__ void fetch(T* stage) {
+    __device__ __forceinline__ Weights(const T* weight, unsigned channels, unsigned columns, unsigned first_column,
+                                       unsigned steps)
+        : data(weight), channels(channels), columns(columns), left(steps) {
+        const unsigned r = threadIdx.x / across, c = threadIdx.x % across;
+        to = at(r, c);
+        row = forward ? first_column + r : r;
+        column = forward ? 8 * c : 8 * c < Tile::bn ? first_column + 8 * c : columns;
+        offset = forward ? row * 9 * channels + column : (row * 9 + 8) * columns + column;
+    }
+
+    /// To byte `stage` of shared memory.
+    __device__ __forceinline__ void fetch(unsigned stage) {
         if (left == 0) return;
-        const unsigned c = threadIdx.x % across, r = threadIdx.x / across;
+        const bool inside = forward ? column + chunk < channels : column < columns;
+        const unsigned first = forward ? row : row + chunk, end = forward ? columns : channels;
 #pragma unroll
         for (unsigned i = 0; i < count; ++i) {
-            const unsigned row = r + i * rows;
-            const unsigned column = first_column + (forward ? row : 8 * c), channel = chunk + (forward ? 8 * c : row);
-            const bool inside = column < columns && channel < channels && (forward || 8 * c < Tile::bn);
-            const unsigned line = forward ? column * 9 + tap : channel * 9 + 8 - tap;
-            const unsigned offset = forward ? line * channels + channel : line * columns + column;
-            cp_async<16>(stage + at(row, c), data + (inside ? offset : 0u), inside ? 16u : 0u);
+            const bool exists = inside && first + i * rows < end;
+            const unsigned from = offset + i * rows * 9 * (forward ? channels : columns);
+            cp_async<16>(dynamic_shared<T>(stage + to + i * rows * across * 16), data + (exists ? from : 0u),
+                         exists ? 16u : 0u);
         }
         --left;
+        offset += forward ? channels : 0 - columns;
         if (++tap < 9) return;
         tap = 0;
         chunk += Memory::chunk;
-        if (chunk >= channels) chunk = 0;
+        offset += forward ? Memory::chunk - 9 * channels : (Memory::chunk + 1) * 9 * columns;
+        if (chunk < channels) return;
+        offset -= forward ? chunk : chunk * 9 * columns;
+        chunk = 0;
     }
 };
 
@@ -173,64 +196,49 @@ __device__ __forceinline__ void convolve(const Halo& halo, const typename Tile::
     using T = typename Tile::T;
     using Memory = ConvMemory<Tile, direction>;
     using Weights = conv_detail::Weights<Tile, direction>;
-    constexpr unsigned stages = Tile::stages, pieces = Memory::chunk / 8, stage_elements = Memory::stage / sizeof(T);
-    // Halo pixels that the block brings at once, how often with a step, and with how many steps.
-    constexpr unsigned at_once = Tile::threads / pieces, held_pieces = 2;
-    constexpr unsigned bringing = Memory::most_halo / at_once / held_pieces;
-    static_assert(bringing + stages <= 10, "what comes by cp.async with the steps of one chunk is there for the next");
+    constexpr unsigned stages = Tile::stages, pieces = Memory::chunk / 8, pixel_bytes = pieces * 16;
     static_assert(sizeof(T) == 2 && Tile::warps_n == 1, "16 bits; rows alone are cut for warps");
+    static_assert(stages == 3, "a row of taps: tap (kh, kw) is in stage kw");
+    // Halo pixels that a thread brings with a step, those that the block does, and steps that do so.
+    constexpr unsigned held = 2, at_once = held * Tile::threads / pieces;
+    static_assert(Memory::most_halo / at_once + stages - 1 < 9, "what comes with a chunk's steps is there for the next");
 
-    const unsigned channels = halo.channels, halo_pixels = tiles.halo_pixels(), buffer = halo_pixels * Memory::chunk;
+    const unsigned channels = halo.channels, halo_pixels = tiles.halo_pixels();
     const unsigned chunks = (channels + Memory::chunk - 1) / Memory::chunk;
-    T* const pipeline = dynamic_shared<T>();
-    T* const buffers = dynamic_shared<T>(Memory::halo);
-    unsigned* const sources = dynamic_shared<unsigned>(Memory::sources);
-    unsigned* const targets = dynamic_shared<unsigned>(Memory::targets);
-
-    // Where each pixel of a halo lies in the tensor, and its first piece in a buffer, both in elements.
+    // Where each pixel of a halo lies in the tensor, in elements, and its first piece in a buffer, in bytes.
+    uint2* const table = dynamic_shared<uint2>(Memory::table);
     const auto enter = [&](unsigned number) {
         const ConvTile tile = tiles.tile(number);
         for (unsigned h = threadIdx.x; h < halo_pixels; h += Tile::threads) {
             const unsigned pixel = tiles.halo_pixel(tile, h);
-            sources[h] = pixel == no_pixel ? no_pixel : pixel * channels;
+            table[h] = make_uint2(pixel == no_pixel ? no_pixel : pixel * channels,
+                                  ConvTiles::slot<pieces>(h, tiles.halo_phase(h), 0) * 16);
         }
-    };
-    for (unsigned h = threadIdx.x; h < halo_pixels; h += Tile::threads)
-        targets[h] = ConvTiles::slot<pieces>(h, tiles.halo_phase(h), 0) * 8;
-    enter(walk.first);
-    __syncthreads();
-
-    // What a thread has brought of a halo, but not stored yet; `to` null: nothing.
-    struct Brought {
-        typename Halo::Held held[held_pieces];
-        T* to[held_pieces];
-        unsigned channel;
     };
     const unsigned own_piece = threadIdx.x % pieces, own_pixel = threadIdx.x / pieces;
-    const auto bring = [&](Brought& brought, T* to, unsigned chunk, unsigned part) {
-        brought.channel = chunk * Memory::chunk + own_piece * 8;
+    const auto bring = [&](typename Halo::Held (&brought)[held], unsigned buffer, unsigned channel, unsigned first) {
 #pragma unroll
-        for (unsigned p = 0; p < held_pieces; ++p) {
-            const unsigned h = (part * held_pieces + p) * at_once + own_pixel;
-            brought.to[p] = nullptr;
+        for (unsigned p = 0; p < held; ++p) {
+            const unsigned h = first + p * (at_once / held) + own_pixel;
             if (h >= halo_pixels) continue;
-            const unsigned source = sources[h];
-            brought.to[p] = to + (targets[h] ^ own_piece * 8);
-            const bool inside = source != no_pixel && brought.channel < channels;
-            halo.fetch(brought.held[p], brought.to[p], source + brought.channel, inside);
+            const uint2 entry = table[h];
+            const bool inside = entry.x != no_pixel && channel < channels;
+            halo.fetch(brought[p], buffer + (entry.y ^ own_piece * 16), entry.x + channel, inside);
         }
     };
 
-    Weights weights{weight, channels, columns, walk.first_column, 0, 0, walk.count * chunks * 9};
+    enter(walk.first);
+    __syncthreads();
 #pragma unroll 1
-    for (unsigned part = 0; part < bringing; ++part) {
-        Brought brought;
-        bring(brought, buffers, 0, part);
-        halo.put(brought.held, brought.to, brought.channel);
+    for (unsigned first = 0; first < halo_pixels; first += at_once) {
+        typename Halo::Held brought[held];
+        bring(brought, Memory::halo, own_piece * 8, first);
+        halo.put(brought, own_piece * 8);
     }
+    Weights weights(weight, channels, columns, walk.first_column, walk.count * chunks * 9);
 #pragma unroll
     for (unsigned s = 0; s + 1 < stages; ++s) {
-        weights.fetch(pipeline + s * stage_elements);
+        weights.fetch(s * Memory::stage);
         cp_async_commit_group();
     }
     // The tile and chunk whose halo comes next.
@@ -240,72 +248,76 @@ __device__ __forceinline__ void convolve(const Halo& halo, const typename Tile::
         enter(walk.first + 1);
     }
 
-    // Of the fragments that a lane gives addresses for: rows of the halo, and their phase. 16 rows on it is the same.
-    const unsigned lane = threadIdx.x % 32, matrix = lane / 8, first_row = threadIdx.x / 32 * Tile::wm;
-    const unsigned own_row = first_row + matrix % 2 * 8 + lane % 8, own_phase = own_row;
+    // Of the fragments that a lane gives addresses for: rows of the halo, and the phase of the first, which that of the
+    // others is but for a multiple of 16; and the weights' first piece.
+    const unsigned lane = threadIdx.x % 32, matrix = lane / 8;
+    const unsigned own_row = threadIdx.x / 32 * Tile::wm + matrix % 2 * 8 + lane % 8;
     unsigned rows[Tile::fragments_m];
 #pragma unroll
-    for (unsigned i = 0; i < Tile::fragments_m; ++i) rows[i] = tiles.row_halo(own_row + 16 * i) * Memory::chunk;
+    for (unsigned i = 0; i < Tile::fragments_m; ++i) rows[i] = tiles.row_halo(own_row + 16 * i) * pixel_bytes;
+    const unsigned own_weight = direction == Direction::forward
+                                    ? Weights::at(matrix / 2 * 8 + lane % 8, matrix % 2)
+                                    : Weights::at(matrix % 2 * 8 + lane % 8, matrix / 2);
 
     float acc[Tile::fragments_m][Tile::fragments_n][4] = {};
-    const auto multiply = [&](const T* from, unsigned phase, const T* stage, unsigned limit) {
-        const unsigned swizzled = (matrix / 2 ^ phase / 2 % 4) * 8;
+    const auto multiply = [&](unsigned from, unsigned phase, unsigned stage, unsigned limit) {
+        const unsigned own = from + (matrix / 2 ^ phase / 2 % 4) * 16, weight = stage + own_weight;
 #pragma unroll
         for (unsigned k = 0; k < Memory::chunk; k += 16) {
             if (k >= limit) break;
             uint32_t both[Tile::fragments_n / 2][4];
 #pragma unroll
             for (unsigned j = 0; j < Tile::fragments_n / 2; ++j)
-                // Matrices: k 0.. and 8.. of columns 0.., then of columns 8...
+                // Matrices: k 0.. and 8.. of columns 0.., then of columns 8... Neither 16 rows on nor two pieces on changes
+                // the swizzle: Weights::at(row + 16, piece) is 16 rows more, Weights::at(row, piece + 2) an XOR with 32.
                 if constexpr (direction == Direction::forward)
-                    ldmatrix<4>(both[j], stage + Weights::at(16 * j + matrix / 2 * 8 + lane % 8, k / 8 + matrix % 2));
+                    ldmatrix<4>(both[j], dynamic_shared<T>((weight ^ 2 * k) + 16 * j * Weights::across * 16));
                 else
-                    ldmatrix_trans<4>(both[j],
-                                      stage + Weights::at(k + matrix % 2 * 8 + lane % 8, 2 * j + matrix / 2));
+                    ldmatrix_trans<4>(both[j], dynamic_shared<T>((weight ^ 32 * j) + k * Weights::across * 16));
 #pragma unroll
             for (unsigned i = 0; i < Tile::fragments_m; ++i) {
                 // Matrices: rows 0.. and 8.. of k 0.., then of k 8...
-                uint32_t own[4];
-                ldmatrix<4>(own, from + rows[i] + (swizzled ^ k));
+                uint32_t pixels[4];
+                ldmatrix<4>(pixels, dynamic_shared<T>(rows[i] + (own ^ 2 * k)));
 #pragma unroll
                 for (unsigned j = 0; j < Tile::fragments_n; ++j) {
                     const uint32_t column[2] = {both[j / 2][j % 2 * 2], both[j / 2][j % 2 * 2 + 1]};
-                    mma_m16n8k16<T>(acc[i][j], own, column, acc[i][j]);
+                    mma_m16n8k16<T>(acc[i][j], pixels, column, acc[i][j]);
                 }
             }
         }
     };
 
-    unsigned slot = 0, held = 0;
+    const unsigned buffers = 2 * Memory::halo + halo_pixels * pixel_bytes;
+    unsigned buffer = Memory::halo;
     for (unsigned tile = 0, chunk = 0; tile < walk.count;) {
-        const T* from = buffers + held * buffer;
-        T* const other = buffers + (held ^ 1) * buffer;
-        const unsigned limit = channels - chunk * Memory::chunk;
-        unsigned phase = own_phase;
+        const unsigned limit = channels - chunk * Memory::chunk, next_channel = next_chunk * Memory::chunk + own_piece * 8;
+        const unsigned brings = next_tile < walk.count ? halo_pixels : 0;
+        unsigned from = buffer, phase = own_row, kw = 0;
 #pragma unroll 1
-        for (unsigned tap = 0; tap < 9; ++tap) {
+        for (unsigned first = 0; first < 9 * at_once; first += at_once) {
             cp_async_wait_group<int(stages) - 2>();
             // All threads have brought what this step needs, and are through with the one before, whose memory is fetched
             // into next.
             __syncthreads();
-            weights.fetch(pipeline + (slot == 0 ? stages - 1 : slot - 1) * stage_elements);
-            const bool brings = tap < bringing && next_tile < walk.count;
-            Brought brought;
-            if (brings) bring(brought, other, next_chunk, tap);
+            weights.fetch((kw == 0 ? stages - 1 : kw - 1) * Memory::stage);
+            typename Halo::Held brought[held];
+            if (first < brings) bring(brought, buffers - buffer, next_channel, first);
             cp_async_commit_group();
-            multiply(from, phase, pipeline + slot * stage_elements, limit);
-            if (brings) halo.put(brought.held, brought.to, brought.channel);
-            if (++slot == stages) slot = 0;
-            const bool wraps = tap % 3 == 2;
-            from += (wraps ? tiles.tap(1, 0) - 2 : 1) * Memory::chunk;
-            phase += wraps ? tiles.tap_phase(1, 0) - 2 : 1;
+            multiply(from, phase, kw * Memory::stage, limit);
+            if (first < brings) halo.put(brought, next_channel);
+            from += pixel_bytes, ++phase;
+            if (++kw < 3) continue;
+            kw = 0;
+            from += tiles.tap(1, 0) * pixel_bytes - 3 * pixel_bytes;
+            phase += tiles.tap_phase(1, 0) - 3;
         }
         if (++next_chunk == chunks) {
             next_chunk = 0;
             // The table was last read some steps ago, and the next step's barrier comes before it is read again.
             if (++next_tile < walk.count) enter(walk.first + next_tile);
         }
-        held ^= 1;
+        buffer = buffers - buffer;
         if (++chunk < chunks) continue;
         const ConvTile at = tiles.tile(walk.first + tile);
         gemm_detail::turn<Tile>(dynamic_shared<float>(Memory::turn), acc, walk.first_column, epilogue,

@@ -4,7 +4,8 @@
 //! What it reads is stored plainly, as block outputs are: padding is zero after whatever is applied on load, and a value is
 //! loaded nine times.
 
-use super::gemm::{FastDivisor, Grid, THREADS, Tile, WeightGrid, step_elements};
+use super::conv_tile::{BOUNDS, Columns, ConvTiles, THREADS as TILE_THREADS};
+use super::gemm::{BLOCKS, FastDivisor, Grid, RUNS, THREADS, Tile, WeightGrid, step_elements};
 use super::operand::{Arrival, GradientOutput, GradientView, Input, NormFinish, Output, OutputKind};
 use super::raw::RawElement;
 use super::{Cost, Work, Workspace};
@@ -19,6 +20,8 @@ use std::sync::Arc;
 const FPROP: &str = "ppppppp{56:8}{60:4}III{12:4}";
 const DGRAD: &str = "pppppp{344:4}";
 const WGRAD: &str = "ppppppp{60:4}I{16:4}";
+const FPROP_TILES: &str = "ppppppp{56:8}{64:4}IIII{12:4}";
+const DGRAD_TILES: &str = "pppppp{64:4}II{12:4}";
 
 const fn entry(name: &'static str, signature: &'static str) -> Entry {
     Entry { name, signature, threads: THREADS }
@@ -26,6 +29,10 @@ const fn entry(name: &'static str, signature: &'static str) -> Entry {
 
 const fn slim(name: &'static str, signature: &'static str) -> Entry {
     Entry { name, signature, threads: Tile::SLIM.threads }
+}
+
+const fn tiles(name: &'static str, signature: &'static str) -> Entry {
+    Entry { name, signature, threads: TILE_THREADS }
 }
 
 /// The kernels of `kernels/conv3x3.cu`.
@@ -46,6 +53,16 @@ pub const FAMILY: Family = Family {
         slim("conv3x3_fprop_slim_bf16", FPROP),
         slim("conv3x3_dgrad_slim_f16", DGRAD),
         slim("conv3x3_dgrad_slim_bf16", DGRAD),
+        tiles("conv3x3_fprop_tiles32_f16", FPROP_TILES),
+        tiles("conv3x3_fprop_tiles32_bf16", FPROP_TILES),
+        tiles("conv3x3_fprop_tiles64_f16", FPROP_TILES),
+        tiles("conv3x3_fprop_tiles64_bf16", FPROP_TILES),
+        tiles("conv3x3_dgrad_tiles32_f16", DGRAD_TILES),
+        tiles("conv3x3_dgrad_tiles32_bf16", DGRAD_TILES),
+        tiles("conv3x3_dgrad_tiles48_f16", DGRAD_TILES),
+        tiles("conv3x3_dgrad_tiles48_bf16", DGRAD_TILES),
+        tiles("conv3x3_dgrad_tiles64_f16", DGRAD_TILES),
+        tiles("conv3x3_dgrad_tiles64_bf16", DGRAD_TILES),
         entry("conv3x3_wgrad_f32", WGRAD),
         entry("conv3x3_wgrad_f16", WGRAD),
         entry("conv3x3_wgrad_bf16", WGRAD),
@@ -151,6 +168,8 @@ pub struct Conv3x3Shape {
     x: Shape,
     y: Shape,
     geometry: Geometry,
+    /// Where spatial tiles are better than an implicit product, if tensor cores multiply.
+    tiles: Option<ConvTiles>,
 }
 
 impl Conv3x3Shape {
@@ -185,7 +204,12 @@ impl Conv3x3Shape {
             out_height: FastDivisor::new(y.h as u32),
             inputs: FastDivisor::new(inputs as u32),
         };
-        Ok(Self { x, y, geometry })
+        // With stride 1 the padding is 1, and x and y are images of one size. Tiles compute 256 pixels at a time: where more
+        // than half of them would be dead, in small images, an implicit product takes less time.
+        let tiles = (stride == 1).then(|| ConvTiles::new(x.n as u32, x.h as u32, x.w as u32, BOUNDS));
+        let computed = |tiles: &ConvTiles| u64::from(tiles.count()) * u64::from(BOUNDS.pixels);
+        let tiles = tiles.filter(|tiles| computed(tiles) <= 2 * u64::from(tiles.pixels()));
+        Ok(Self { x, y, geometry, tiles })
     }
 
     /// Of the input.
@@ -225,8 +249,27 @@ impl Conv3x3Shape {
         }
     }
 
+    /// The spatial tiles of fprop and dgrad, if that is how they are computed.
+    const fn tiles(&self, dtype: Dtype) -> Option<ConvTiles> {
+        match dtype {
+            Dtype::F32 => None,
+            Dtype::F16 | Dtype::Bf16 => self.tiles,
+        }
+    }
+
+    /// Of fprop.
     fn grid(&self, dtype: Dtype) -> Grid {
-        Grid::new(self.geometry.pixels, self.y.c as u32, &Self::tile(dtype, self.y.c))
+        let outputs = self.y.c as u32;
+        match self.tiles(dtype) {
+            Some(tiles) => Grid::cut(tiles.count(), Columns::forward(outputs).groups(outputs), RUNS),
+            None => Grid::new(self.geometry.pixels, outputs, &Self::tile(dtype, self.y.c)),
+        }
+    }
+
+    /// Of dgrad on spatial tiles: it has no sums over runs.
+    fn gradient_grid(&self, tiles: &ConvTiles) -> Grid {
+        let inputs = self.x.c as u32;
+        Grid::cut(tiles.count(), Columns::backward(inputs).groups(inputs), BLOCKS)
     }
 
     fn weight_grid(&self, dtype: Dtype) -> WeightGrid {
@@ -287,7 +330,17 @@ impl Conv3x3Shape {
 
     /// The launch of [`Conv3x3::fprop`].
     pub fn fprop_work(&self, dtype: Dtype, output: OutputKind) -> Work {
-        let (tile, grid, y) = (Self::tile(dtype, self.y.c), self.grid(dtype), self.y);
+        let (grid, y) = (self.grid(dtype), self.y);
+        let (name, shared) = match self.tiles(dtype) {
+            Some(tiles) => {
+                let columns = Columns::forward(y.c as u32);
+                (columns.name, columns.shared_forward(&tiles))
+            }
+            None => {
+                let tile = Self::tile(dtype, y.c);
+                (tile.name, tile.shared_forward())
+            }
+        };
         let size = dtype.bytes();
         let extra = match output {
             OutputKind::Plain => 0,
@@ -297,21 +350,30 @@ impl Conv3x3Shape {
         };
         let bytes = size * (self.x.elements() + self.weights() + y.elements()) + extra;
         Work {
-            kernel: format!("conv3x3_fprop_{}_{}", tile.name, dtype.suffix()),
+            kernel: format!("conv3x3_fprop_{name}_{}", dtype.suffix()),
             grid: [grid.blocks(), 1, 1],
-            shared: tile.shared_forward(),
+            shared,
             cost: self.cost(bytes),
         }
     }
 
     /// The launch of [`Conv3x3::dgrad`], with something to add or not.
     pub fn dgrad_work(&self, dtype: Dtype, skip: bool) -> Work {
-        let tile = Self::tile(dtype, self.x.c);
+        let (name, blocks, shared) = match self.tiles(dtype) {
+            Some(tiles) => {
+                let columns = Columns::backward(self.x.c as u32);
+                (columns.name, self.gradient_grid(&tiles).blocks(), columns.shared_backward(&tiles))
+            }
+            None => {
+                let tile = Self::tile(dtype, self.x.c);
+                (tile.name, self.gradient(dtype).1, tile.shared(2))
+            }
+        };
         let elements = 2 * self.y.elements() + self.weights() + (1 + usize::from(skip)) * self.x.elements();
         Work {
-            kernel: format!("conv3x3_dgrad_{}_{}", tile.name, dtype.suffix()),
-            grid: [self.gradient(dtype).1, 1, 1],
-            shared: tile.shared(2),
+            kernel: format!("conv3x3_dgrad_{name}_{}", dtype.suffix()),
+            grid: [blocks, 1, 1],
+            shared,
             cost: self.cost(dtype.bytes() * elements + 4 * 3 * self.y.c),
         }
     }
@@ -433,7 +495,13 @@ impl<T: RawElement> Conv3x3<T> {
             Output::Folded { bias, skip: None, .. } => launch.input(bias).null(),
             _ => launch.null().null(),
         };
-        launch.output(&mut partial).output(&mut counters).value(&finish).value(&shape.geometry);
+        launch.output(&mut partial).output(&mut counters).value(&finish);
+        let tiles = shape.tiles(T::DTYPE);
+        let inputs = shape.x.c as u32;
+        match &tiles {
+            Some(tiles) => launch.value(tiles).value(&inputs),
+            None => launch.value(&shape.geometry),
+        };
         launch.value(&outputs).value(&silu).value(&moments).value(&grid);
         // SAFETY: all buffers have their shapes and what is written overlaps nothing else. The geometry is theirs: a block
         // reads pixels of x within the image alone, and writes the pixels of y of its run, those that exist, its partial
@@ -467,6 +535,8 @@ impl<T: RawElement> Conv3x3<T> {
         }
         operands.write("dx", dx, shape.x.elements())?;
         let work = shape.dgrad_work(T::DTYPE, skip.is_some());
+        let (inputs, outputs) = (shape.x.c as u32, shape.y.c as u32);
+        let tiled = shape.tiles(T::DTYPE).map(|tiles| (tiles, shape.gradient_grid(&tiles)));
         let (classes, _) = shape.gradient(T::DTYPE);
         let mut launch = self.dgrad.on(stream);
         launch.input(gradient.g).input(gradient.y).input(gradient.owed).input(weight);
@@ -474,7 +544,11 @@ impl<T: RawElement> Conv3x3<T> {
             Some(skip) => launch.input(skip),
             None => launch.null(),
         };
-        launch.output(dx).value(&classes);
+        launch.output(dx);
+        match &tiled {
+            Some((tiles, grid)) => launch.value(tiles).value(&inputs).value(&outputs).value(grid),
+            None => launch.value(&classes),
+        };
         // SAFETY: all buffers have their shapes and dx overlaps none. A block reads the pixels of y that those of its run
         // are reached from, within the image alone, and writes its run's pixels of dx, those that exist; each pixel is in
         // one class.

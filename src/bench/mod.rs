@@ -8,6 +8,8 @@
 
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "cuda")]
+mod agreement;
 pub mod blocks;
 pub mod floor;
 pub mod fusion;
@@ -21,6 +23,8 @@ pub mod record;
 pub mod step;
 mod timed;
 pub mod timing;
+#[cfg(feature = "cuda")]
+pub mod tune;
 
 use crate::Result;
 use crate::backend::{Backend, Variables};

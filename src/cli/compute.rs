@@ -23,6 +23,10 @@ pub(super) struct Compute {
     /// Record training passes as CUDA graphs; it changes no bit of the result.
     #[arg(long, default_value = "on", help_heading = HEADING)]
     graph: Switch,
+    /// Launch convolutions as this file says, which `bench tune` wrote for this GPU: faster, and other in the last bits than
+    /// by the rules, which are the same on every GPU.
+    #[arg(long, value_name = "FILE", help_heading = HEADING)]
+    tuning: Option<PathBuf>,
     /// Threads; 0 for one per processor.
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(..=1024), help_heading = HEADING)]
     threads: u16,
@@ -101,6 +105,10 @@ impl Compute {
             if quiet { Ok(()) } else { say!("device: {device}, {dtype}; {why}") }
         };
         let cpu = |why: &str, asked: bool| {
+            if let Some(path) = &self.tuning {
+                let problem = "the CPU reference launches no kernels that could be tuned; leave --tuning out";
+                return Err(Error::usage("--tuning", path.display(), problem));
+            }
             match self.dtype.map(Dtype::from) {
                 Some(dtype) if dtype != Dtype::F32 => {
                     let problem =
@@ -143,6 +151,10 @@ impl Compute {
     #[cfg(feature = "cuda")]
     pub(super) fn device(&self) -> Result<(crate::device::Device, Dtype)> {
         self.limit_threads()?;
+        if let Some(path) = &self.tuning {
+            let problem = "this measures launches by the rules; leave --tuning out";
+            return Err(Error::usage("--tuning", path.display(), problem));
+        }
         let (device, why) = match gpu::open(&self.device)? {
             Some(opened) => opened,
             None => {
@@ -171,6 +183,7 @@ mod gpu {
     use crate::device::Device;
     use crate::kernels::FAMILIES;
     use crate::kernels::fused::Accelerated;
+    use crate::kernels::tuning::Tuning;
     use crate::reference::Reference;
     use crate::tensor::Dtype;
     use crate::{Error, Result};
@@ -200,12 +213,19 @@ mod gpu {
             Err(error) => return Err(error),
         };
         let dtype = dtype.unwrap_or(Dtype::Bf16);
-        announce(&name(&device), dtype, why)?;
+        let tuning = flags.tuning.as_deref().map(Tuning::read).transpose()?;
+        let mut why = why.to_owned();
+        if let (Some(tuning), Some(path)) = (&tuning, &flags.tuning) {
+            tuning.check(&device, path)?;
+            let (count, path) = (tuning.launches.len(), path.display());
+            why += &format!("; {count} launches tuned by {path}, so the last bits are its own");
+        }
+        announce(&name(&device), dtype, &why)?;
         let graphs = flags.graph == Switch::On;
         match dtype {
-            Dtype::F32 => work.on(Accelerated::<f32>::new(&device, graphs)?),
-            Dtype::F16 => work.on(Accelerated::<f16>::new(&device, graphs)?),
-            Dtype::Bf16 => work.on(Accelerated::<bf16>::new(&device, graphs)?),
+            Dtype::F32 => work.on(Accelerated::<f32>::tuned(&device, graphs, tuning)?),
+            Dtype::F16 => work.on(Accelerated::<f16>::tuned(&device, graphs, tuning)?),
+            Dtype::Bf16 => work.on(Accelerated::<bf16>::tuned(&device, graphs, tuning)?),
         }
     }
 

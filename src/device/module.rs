@@ -12,7 +12,7 @@ use crate::{Error, Result};
 use cudarc::driver::sys::CUfunction_attribute;
 use cudarc::driver::{CudaContext, CudaFunction};
 use cudarc::nvrtc::Ptx;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// The kernels of one `kernels/*.cu`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +49,8 @@ pub struct Kernel {
     pub(super) function: CudaFunction,
     pub(super) monitor: Arc<Monitor>,
     context: Arc<CudaContext>,
+    /// Bytes of dynamic shared memory that launches may ask for, of all clones.
+    allowed: Arc<Mutex<u32>>,
 }
 
 /// What a kernel takes of a multiprocessor.
@@ -83,6 +85,7 @@ impl Module {
                 function,
                 monitor: device.monitor().clone(),
                 context: device.context().clone(),
+                allowed: Arc::default(),
             })
         };
         // Loading a module has bound the context to this thread, which looking up functions relies on.
@@ -135,7 +138,8 @@ impl Kernel {
         })
     }
 
-    /// Lets launches ask for up to `bytes` of dynamic shared memory; 48 KB without this.
+    /// Lets launches ask for up to `bytes` of dynamic shared memory, or for more if that has been allowed before, as another
+    /// plan may need it; 48 KB without this.
     ///
     /// # Errors
     /// [`Error::Driver`] when that is more than the GPU has.
@@ -143,8 +147,13 @@ impl Kernel {
         let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         let value = i32::try_from(bytes).unwrap_or(i32::MAX);
         let doing = || format!("give the kernel `{}` {bytes} bytes of shared memory", self.entry.name);
-        self.context.bind_to_thread().doing(doing)?;
-        self.function.set_attribute(attribute, value).doing(doing)
+        let mut allowed = self.allowed.lock().unwrap_or_else(PoisonError::into_inner);
+        if bytes > *allowed {
+            self.context.bind_to_thread().doing(doing)?;
+            self.function.set_attribute(attribute, value).doing(doing)?;
+            *allowed = bytes;
+        }
+        Ok(())
     }
 }
 

@@ -5,9 +5,10 @@
 //! loaded nine times.
 
 use super::conv_tile::{BOUNDS, Columns, ConvTiles, THREADS as TILE_THREADS};
-use super::gemm::{BLOCKS, FastDivisor, Grid, RUNS, THREADS, Tile, WeightGrid, step_elements};
+use super::gemm::{BLOCKS, FastDivisor, Grid, RUNS, THREADS, Tile, WEIGHT_BLOCKS, WeightGrid, step_elements};
 use super::operand::{Arrival, GradientOutput, GradientView, Input, NormFinish, Output, OutputKind};
 use super::raw::RawElement;
+use super::tuning::{Choice, Choices, Launch, Way};
 use super::{Cost, Work, Workspace};
 use crate::backend::Activation;
 use crate::device::cudarc::driver::{CudaStream, CudaView, CudaViewMut, DeviceRepr};
@@ -168,8 +169,9 @@ pub struct Conv3x3Shape {
     x: Shape,
     y: Shape,
     geometry: Geometry,
-    /// Where spatial tiles are better than an implicit product, if tensor cores multiply.
+    /// With stride 1, if tensor cores multiply.
     tiles: Option<ConvTiles>,
+    choices: Choices,
 }
 
 impl Conv3x3Shape {
@@ -204,12 +206,41 @@ impl Conv3x3Shape {
             out_height: FastDivisor::new(y.h as u32),
             inputs: FastDivisor::new(inputs as u32),
         };
-        // With stride 1 the padding is 1, and x and y are images of one size. Tiles compute 256 pixels at a time: where more
-        // than half of them would be dead, in small images, an implicit product takes less time.
+        // With stride 1 the padding is 1, and x and y are images of one size.
         let tiles = (stride == 1).then(|| ConvTiles::new(x.n as u32, x.h as u32, x.w as u32, BOUNDS));
-        let computed = |tiles: &ConvTiles| u64::from(tiles.count()) * u64::from(BOUNDS.pixels);
-        let tiles = tiles.filter(|tiles| computed(tiles) <= 2 * u64::from(tiles.pixels()));
-        Ok(Self { x, y, geometry, tiles })
+        Ok(Self { x, y, geometry, tiles, choices: Choices::default() })
+    }
+
+    /// With launches as a tuning chooses them.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for what is none of [`choices`](Self::choices).
+    pub fn with(self, dtype: Dtype, choices: Choices) -> Result<Self> {
+        choices.check(OPERATION, |launch| self.choices(dtype, launch))?;
+        Ok(Self { choices, ..self })
+    }
+
+    /// What a tuning can choose from: an implicit product or, with stride 1 in f16 and bf16, spatial tiles, with columns of
+    /// a tile; of the gradient of the weights, how many blocks there are.
+    pub fn choices(&self, dtype: Dtype, launch: Launch) -> Vec<Choice> {
+        let ways = |channels: usize, spatial: &[Columns]| {
+            if dtype == Dtype::F32 {
+                return Vec::new();
+            }
+            // Of tiles that hold all channels the smallest.
+            let most = (channels as u32).next_power_of_two().clamp(Tile::SLIM.columns, Tile::WIDE.columns);
+            let products = [Tile::SLIM, Tile::NARROW, Tile::WIDE].map(|tile| tile.columns);
+            let products = products.into_iter().filter(|&columns| columns <= most);
+            let products = products.map(|columns| Choice::by(Way::Product).columns(columns));
+            let spatial = spatial.iter().filter(|_| self.tiles.is_some());
+            products.chain(spatial.map(|tile| Choice::by(Way::Spatial).columns(tile.columns))).collect()
+        };
+        match launch {
+            Launch::Fprop => ways(self.y.c, Columns::FORWARD),
+            Launch::Dgrad => ways(self.x.c, Columns::BACKWARD),
+            Launch::Wgrad => [264, 528, 1056].map(|blocks| Choice::default().blocks(blocks)).to_vec(),
+            Launch::Backward => Vec::new(),
+        }
     }
 
     /// Of the input.
@@ -238,7 +269,10 @@ impl Conv3x3Shape {
     }
 
     /// Of fprop's or dgrad's product with so many columns: the widest that computes no more than narrower ones.
-    const fn tile(dtype: Dtype, columns: usize) -> Tile {
+    fn tile(dtype: Dtype, columns: usize, choice: Choice) -> Tile {
+        if let Some(chosen) = choice.columns.and_then(Tile::with_columns) {
+            return *chosen;
+        }
         match dtype {
             Dtype::F32 => Tile::NARROW,
             Dtype::F16 | Dtype::Bf16 if columns <= 32 => Tile::SLIM,
@@ -249,32 +283,44 @@ impl Conv3x3Shape {
         }
     }
 
-    /// The spatial tiles of fprop and dgrad, if that is how they are computed.
-    const fn tiles(&self, dtype: Dtype) -> Option<ConvTiles> {
-        match dtype {
-            Dtype::F32 => None,
-            Dtype::F16 | Dtype::Bf16 => self.tiles,
-        }
+    /// The spatial tiles of fprop or dgrad, if that is how they are computed. They compute 256 pixels at a time: where more
+    /// than half of them would be dead, in small images, an implicit product takes less time.
+    fn tiles(&self, dtype: Dtype, choice: Choice) -> Option<ConvTiles> {
+        let tiles = self.tiles.filter(|_| dtype != Dtype::F32)?;
+        let computed = u64::from(tiles.count()) * u64::from(BOUNDS.pixels);
+        let worthwhile = computed <= 2 * u64::from(tiles.pixels());
+        (choice.way == Some(Way::Spatial) || choice.way.is_none() && worthwhile).then_some(tiles)
+    }
+
+    fn forward_columns(&self) -> Columns {
+        let columns = self.choices.fprop.columns.and_then(|columns| Columns::with(columns, Columns::FORWARD));
+        columns.unwrap_or_else(|| Columns::forward(self.y.c as u32))
+    }
+
+    fn backward_columns(&self) -> Columns {
+        let columns =
+            self.choices.dgrad.columns.and_then(|columns| Columns::with(columns, Columns::BACKWARD));
+        columns.unwrap_or_else(|| Columns::backward(self.x.c as u32))
     }
 
     /// Of fprop.
     fn grid(&self, dtype: Dtype) -> Grid {
-        let outputs = self.y.c as u32;
-        match self.tiles(dtype) {
-            Some(tiles) => Grid::cut(tiles.count(), Columns::forward(outputs).groups(outputs), RUNS),
-            None => Grid::new(self.geometry.pixels, outputs, &Self::tile(dtype, self.y.c)),
+        let (outputs, choice) = (self.y.c as u32, self.choices.fprop);
+        match self.tiles(dtype, choice) {
+            Some(tiles) => Grid::cut(tiles.count(), self.forward_columns().groups(outputs), RUNS),
+            None => Grid::new(self.geometry.pixels, outputs, &Self::tile(dtype, self.y.c, choice)),
         }
     }
 
     /// Of dgrad on spatial tiles: it has no sums over runs.
     fn gradient_grid(&self, tiles: &ConvTiles) -> Grid {
-        let inputs = self.x.c as u32;
-        Grid::cut(tiles.count(), Columns::backward(inputs).groups(inputs), BLOCKS)
+        Grid::cut(tiles.count(), self.backward_columns().groups(self.x.c as u32), BLOCKS)
     }
 
     fn weight_grid(&self, dtype: Dtype) -> WeightGrid {
         let step = step_elements(dtype.bytes());
-        WeightGrid::new(self.geometry.pixels, self.y.c as u32, self.columns(), step)
+        let blocks = self.choices.wgrad.blocks.unwrap_or(WEIGHT_BLOCKS);
+        WeightGrid::aiming(blocks, self.geometry.pixels, self.y.c as u32, self.columns(), step)
     }
 
     const fn cost(&self, bytes: usize) -> Cost {
@@ -284,7 +330,7 @@ impl Conv3x3Shape {
     /// The classes of dgrad, those of most taps first, and the blocks of all.
     fn gradient(&self, dtype: Dtype) -> (GradientShape, u32) {
         let Geometry { height, width, stride, pad_top, pad_left, .. } = self.geometry;
-        let tile = Self::tile(dtype, self.x.c);
+        let tile = Self::tile(dtype, self.x.c, self.choices.dgrad);
         let mut pairs: Vec<_> = axis_classes(stride, pad_top, height)
             .flat_map(|down| axis_classes(stride, pad_left, width).map(move |across| (down, across)))
             .collect();
@@ -331,13 +377,13 @@ impl Conv3x3Shape {
     /// The launch of [`Conv3x3::fprop`].
     pub fn fprop_work(&self, dtype: Dtype, output: OutputKind) -> Work {
         let (grid, y) = (self.grid(dtype), self.y);
-        let (name, shared) = match self.tiles(dtype) {
+        let (name, shared) = match self.tiles(dtype, self.choices.fprop) {
             Some(tiles) => {
-                let columns = Columns::forward(y.c as u32);
+                let columns = self.forward_columns();
                 (columns.name, columns.shared_forward(&tiles))
             }
             None => {
-                let tile = Self::tile(dtype, y.c);
+                let tile = Self::tile(dtype, y.c, self.choices.fprop);
                 (tile.name, tile.shared_forward())
             }
         };
@@ -359,13 +405,13 @@ impl Conv3x3Shape {
 
     /// The launch of [`Conv3x3::dgrad`], with something to add or not.
     pub fn dgrad_work(&self, dtype: Dtype, skip: bool) -> Work {
-        let (name, blocks, shared) = match self.tiles(dtype) {
+        let (name, blocks, shared) = match self.tiles(dtype, self.choices.dgrad) {
             Some(tiles) => {
-                let columns = Columns::backward(self.x.c as u32);
+                let columns = self.backward_columns();
                 (columns.name, self.gradient_grid(&tiles).blocks(), columns.shared_backward(&tiles))
             }
             None => {
-                let tile = Self::tile(dtype, self.x.c);
+                let tile = Self::tile(dtype, self.x.c, self.choices.dgrad);
                 (tile.name, self.gradient(dtype).1, tile.shared(2))
             }
         };
@@ -419,7 +465,15 @@ impl<T: RawElement> Conv3x3<T> {
     /// # Errors
     /// Those of [`Conv3x3Shape::new`] and of [`Device::module`]; [`Error::Driver`] on a GPU with too little shared memory.
     pub fn plan(device: &Device, conv: &Conv, x: Shape) -> Result<Self> {
-        let shape = Conv3x3Shape::new(conv, x)?;
+        Self::plan_with(device, conv, x, Choices::default())
+    }
+
+    /// As [`plan`](Self::plan), with launches as a tuning chooses them.
+    ///
+    /// # Errors
+    /// As there, and those of [`Conv3x3Shape::with`].
+    pub fn plan_with(device: &Device, conv: &Conv, x: Shape, choices: Choices) -> Result<Self> {
+        let shape = Conv3x3Shape::new(conv, x)?.with(T::DTYPE, choices)?;
         let module = device.module(&FAMILY)?;
         let kernel = |work: Work| {
             let kernel = module.kernel(&work.kernel)?;
@@ -496,7 +550,7 @@ impl<T: RawElement> Conv3x3<T> {
             _ => launch.null().null(),
         };
         launch.output(&mut partial).output(&mut counters).value(&finish);
-        let tiles = shape.tiles(T::DTYPE);
+        let tiles = shape.tiles(T::DTYPE, shape.choices.fprop);
         let inputs = shape.x.c as u32;
         match &tiles {
             Some(tiles) => launch.value(tiles).value(&inputs),
@@ -536,7 +590,8 @@ impl<T: RawElement> Conv3x3<T> {
         operands.write("dx", dx, shape.x.elements())?;
         let work = shape.dgrad_work(T::DTYPE, skip.is_some());
         let (inputs, outputs) = (shape.x.c as u32, shape.y.c as u32);
-        let tiled = shape.tiles(T::DTYPE).map(|tiles| (tiles, shape.gradient_grid(&tiles)));
+        let tiled =
+            shape.tiles(T::DTYPE, shape.choices.dgrad).map(|tiles| (tiles, shape.gradient_grid(&tiles)));
         let (classes, _) = shape.gradient(T::DTYPE);
         let mut launch = self.dgrad.on(stream);
         launch.input(gradient.g).input(gradient.y).input(gradient.owed).input(weight);

@@ -6,6 +6,8 @@ mod fusion;
 mod libraries;
 mod ops;
 mod step;
+#[cfg(feature = "cuda")]
+mod tune;
 
 use super::compute::{Compute, Work};
 use super::output::say;
@@ -44,6 +46,8 @@ enum What {
     Fusion(fusion::Args),
     Step(step::Args),
     Ops(ops::Args),
+    #[cfg(feature = "cuda")]
+    Tune(tune::Args),
     #[cfg(feature = "peers")]
     Libraries(libraries::Args),
 }
@@ -54,6 +58,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
         What::Fusion(args) => measure(&args.common, "fusion", args),
         What::Step(args) => measure(&args.common, "step", args),
         What::Ops(args) => measure(&args.common, "ops", args),
+        #[cfg(feature = "cuda")]
+        What::Tune(args) => tune::run(args),
         #[cfg(feature = "peers")]
         What::Libraries(args) => libraries::run(args),
     }
@@ -106,20 +112,25 @@ impl FromStr for Limits {
 
 impl Common {
     fn effort(&self) -> Result<Effort> {
-        let check = |name, seconds: f64| match (0.0..=600.0).contains(&seconds) {
-            true => Ok(seconds),
-            false => Err(Error::usage(name, seconds, "must be from 0 to 600")),
-        };
-        Ok(Effort {
-            rounds: self.rounds,
-            round_seconds: check("--round-seconds", self.round_seconds)?,
-            warm_up_seconds: check("--warm-up", self.warm_up)?,
-        })
+        effort(self.rounds, self.round_seconds, self.warm_up)
     }
 
     fn batch(&self, default: usize) -> usize {
         self.batch.map_or(default, |batch| batch as usize)
     }
+}
+
+/// As the flags say.
+fn effort(rounds: u32, round_seconds: f64, warm_up: f64) -> Result<Effort> {
+    let check = |name, seconds: f64| match (0.0..=600.0).contains(&seconds) {
+        true => Ok(seconds),
+        false => Err(Error::usage(name, seconds, "must be from 0 to 600")),
+    };
+    Ok(Effort {
+        rounds,
+        round_seconds: check("--round-seconds", round_seconds)?,
+        warm_up_seconds: check("--warm-up", warm_up)?,
+    })
 }
 
 /// What is measured on, and where the figures go.

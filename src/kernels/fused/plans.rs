@@ -214,7 +214,8 @@ impl<T: FusedElement> Plans<T> {
                 plan.fprop(stream, input, weight, y, output, workspace)
             }
             Kind::Pointwise => {
-                let plan = self.pointwise.get(key, || Pointwise::plan_with(device, x, conv.outputs, choices()))?;
+                let plan =
+                    self.pointwise.get(key, || Pointwise::plan_with(device, x, conv.outputs, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.fprop(stream, input, weight, y, output, workspace)
             }
@@ -254,7 +255,8 @@ impl<T: FusedElement> Plans<T> {
                 plan.backward(stream, input, gradient, weight, dx, dweight, output, workspace)
             }
             Kind::Pointwise => {
-                let plan = self.pointwise.get(key, || Pointwise::plan_with(device, x, conv.outputs, choices()))?;
+                let plan =
+                    self.pointwise.get(key, || Pointwise::plan_with(device, x, conv.outputs, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.backward(stream, input, gradient, weight, dx, dweight, output, workspace)
             }
@@ -288,7 +290,8 @@ impl<T: FusedElement> Plans<T> {
                 Err(Error::Shape { operation: "depthwise convolution", problem })
             }
             Kind::Pointwise => {
-                let plan = self.pointwise.get(key, || Pointwise::plan_with(device, x, conv.outputs, choices()))?;
+                let plan =
+                    self.pointwise.get(key, || Pointwise::plan_with(device, x, conv.outputs, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.wgrad(stream, input, gradient, dweight, workspace)
             }

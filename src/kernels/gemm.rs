@@ -186,7 +186,7 @@ pub(super) struct Grid {
 }
 
 /// Blocks that a grid aims at: several rounds on any GPU.
-pub(super) const BLOCKS: u32 = 2048;
+const BLOCKS: u32 = 2048;
 /// Runs that the last block of a group can add up in little time.
 pub(super) const RUNS: u32 = 512;
 

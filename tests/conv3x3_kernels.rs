@@ -300,23 +300,23 @@ fn blocks_walk_over_several_spatial_tiles() {
     assert_eq!(grid(shape.dgrad_work(Dtype::Bf16, false)), 1024);
     exact::<bf16>(&device, conv, images, Epilogue::Moments, true);
 }
-/// A mean two hundred times the deviation: what `Norm::check` allows depends on the range of values alone.
+/// A mean hundreds of times the deviation: what `Norm::check` allows depends on the range of values alone.
 #[test]
 fn moments_survive_a_large_mean() {
-    fn check<T: Sample>(device: &Device, stride: usize, images: Images) {
+    fn check<T: Sample>(device: &Device, stride: usize, images: Images, mean: f32) {
         let conv = dense(stride, Padding::Same, 8, 24);
         let mut case = Case::<T>::random(conv, images, 5);
-        // The middle tap alone, which is never outside.
+        // The middle tap alone, which is never outside, and the first input.
         for (i, w) in case.weight.iter_mut().enumerate() {
-            *w = T::of(if i / 8 % 9 == 4 { 1.0 } else { 0.0 });
+            *w = T::of(if i % 72 == 32 { 1.0 } else { 0.0 });
         }
-        case.x.iter_mut().for_each(|x| *x = T::of(200.0 + x.wide() as f32 / 2.0));
+        case.x.iter_mut().for_each(|x| *x = T::of(mean + x.wide() as f32 / 2.0));
         on_device(device, &case, Epilogue::Moments, false);
     }
     let Some(device) = device() else { return };
-    check::<f32>(&device, 2, (4, 21, 30));
+    check::<f32>(&device, 2, (4, 21, 30), 200.0);
     // Tiles of 14 x 13 pixels, of which the last has 11 columns: the first row of two of its warps is outside.
-    check::<f16>(&device, 1, (2, 14, 37));
+    check::<f16>(&device, 1, (2, 14, 37), 2000.0);
 }
 
 /// ⟨conv x, y⟩ = ⟨x, dgrad y⟩ = ⟨w, wgrad⟩, to the rounding of those sums.

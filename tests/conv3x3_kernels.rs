@@ -288,41 +288,35 @@ fn blocks_walk_over_several_tiles() {
     exact::<bf16>(&device, conv, images, Epilogue::Moments, true);
 }
 
-/// The same of spatial tiles: 514 of 16 x 16 pixels fprop, 2050 of them dgrad, of one chunk of channels and of two.
+/// The same of spatial tiles, of which there are more than 512 runs of fprop and twice 1024 blocks of dgrad.
 #[test]
 fn blocks_walk_over_several_spatial_tiles() {
     let Some(device) = device() else { return };
-    let grid = |work: effnetv2::kernels::Work| work.grid[0];
-    let conv = dense(1, Padding::Same, 40, 8);
-    let images = (2, 16, 4112);
-    let shape = Conv3x3Shape::new(&conv, Shape::new(2, 16, 4112, 40)).unwrap();
-    assert!(grid(shape.fprop_work(Dtype::F16, OutputKind::Moments)) < 514);
-    exact::<f16>(&device, conv, images, Epilogue::Moments, true);
     let conv = dense(1, Padding::Same, 8, 8);
-    let images = (1, 32, 16400);
-    let shape = Conv3x3Shape::new(&conv, Shape::new(1, 32, 16400, 8)).unwrap();
-    assert!(grid(shape.fprop_work(Dtype::Bf16, OutputKind::Moments)) < 512);
-    assert!(grid(shape.dgrad_work(Dtype::Bf16, false)) < 2050);
+    let images = (2048, 12, 12);
+    let shape = Conv3x3Shape::new(&conv, Shape::new(2048, 12, 12, 8)).unwrap();
+    let grid = |work: effnetv2::kernels::Work| work.grid[0];
+    assert_eq!(grid(shape.fprop_work(Dtype::Bf16, OutputKind::Moments)), 512);
+    assert_eq!(grid(shape.dgrad_work(Dtype::Bf16, false)), 1024);
     exact::<bf16>(&device, conv, images, Epilogue::Moments, true);
 }
-
-/// A mean two hundred times the deviation: what `Norm::check` allows depends on the range of values alone.
+/// A mean hundreds of times the deviation: what `Norm::check` allows depends on the range of values alone.
 #[test]
 fn moments_survive_a_large_mean() {
-    fn check<T: Sample>(device: &Device, stride: usize, images: Images) {
+    fn check<T: Sample>(device: &Device, stride: usize, images: Images, mean: f32) {
         let conv = dense(stride, Padding::Same, 8, 24);
         let mut case = Case::<T>::random(conv, images, 5);
-        // The middle tap alone, which is never outside.
+        // The middle tap alone, which is never outside, and the first input.
         for (i, w) in case.weight.iter_mut().enumerate() {
-            *w = T::of(if i / 8 % 9 == 4 { 1.0 } else { 0.0 });
+            *w = T::of(if i % 72 == 32 { 1.0 } else { 0.0 });
         }
-        case.x.iter_mut().for_each(|x| *x = T::of(200.0 + x.wide() as f32 / 2.0));
+        case.x.iter_mut().for_each(|x| *x = T::of(mean + x.wide() as f32 / 2.0));
         on_device(device, &case, Epilogue::Moments, false);
     }
     let Some(device) = device() else { return };
-    check::<f32>(&device, 2, (4, 21, 30));
+    check::<f32>(&device, 2, (4, 21, 30), 200.0);
     // Tiles of 14 x 13 pixels, of which the last has 11 columns: the first row of two of its warps is outside.
-    check::<f16>(&device, 1, (2, 14, 37));
+    check::<f16>(&device, 1, (2, 14, 37), 2000.0);
 }
 
 /// ⟨conv x, y⟩ = ⟨x, dgrad y⟩ = ⟨w, wgrad⟩, to the rounding of those sums.

@@ -66,8 +66,9 @@ template <class Element> struct PlainHalo {
 
     struct Held {};
 
-    /// Eight channels to byte `to` of shared memory.
+    /// Eight channels to byte `to` of shared memory, which is not 0, or nothing.
     __device__ __forceinline__ void fetch(Held&, unsigned to, unsigned offset, bool inside) const {
+        if (to == 0) return;
         cp_async<16>(dynamic_shared<T>(to), x + (inside ? offset : 0u), inside ? 16u : 0u);
     }
     template <unsigned count> __device__ __forceinline__ void put(Held (&)[count], unsigned) const {}
@@ -81,10 +82,9 @@ template <class Element> struct OwingHalo {
     unsigned channels;
 
     struct Held {
-        uint4 g{}, y{};
-        /// 0: nothing is held.
-        unsigned to = 0;
-        bool inside = false;
+        uint4 g, y;
+        unsigned to;
+        bool inside;
     };
 
     __device__ __forceinline__ void fetch(Held& held, unsigned to, unsigned offset, bool inside) const {
@@ -220,10 +220,10 @@ __device__ __forceinline__ void convolve(const Halo& halo, const typename Tile::
 #pragma unroll
         for (unsigned p = 0; p < held; ++p) {
             const unsigned h = first + p * (at_once / held) + own_pixel;
-            if (h >= halo_pixels) continue;
-            const uint2 entry = table[h];
+            const bool exists = h < halo_pixels;
+            const uint2 entry = exists ? table[h] : make_uint2(no_pixel, 0);
             const bool inside = entry.x != no_pixel && channel < channels;
-            halo.fetch(brought[p], buffer + (entry.y ^ own_piece * 16), entry.x + channel, inside);
+            halo.fetch(brought[p], exists ? buffer + (entry.y ^ own_piece * 16) : 0, entry.x + channel, inside);
         }
     };
 

@@ -4,8 +4,8 @@
 //! What it reads is stored plainly, as block outputs are: padding is zero after whatever is applied on load, and a value is
 //! loaded nine times.
 
-use super::conv_tile::{BOUNDS, Columns, ConvTiles, THREADS as TILE_THREADS};
-use super::gemm::{BLOCKS, FastDivisor, Grid, RUNS, THREADS, Tile, WEIGHT_BLOCKS, WeightGrid, step_elements};
+use super::conv_tile::{self, BOUNDS, Columns, ConvTiles};
+use super::gemm::{FastDivisor, Grid, RUNS, THREADS, Tile, WEIGHT_BLOCKS, WeightGrid, step_elements};
 use super::operand::{Arrival, GradientOutput, GradientView, Input, NormFinish, Output, OutputKind};
 use super::raw::RawElement;
 use super::tuning::{Choice, Choices, Launch, Way};
@@ -33,7 +33,7 @@ const fn slim(name: &'static str, signature: &'static str) -> Entry {
 }
 
 const fn tiles(name: &'static str, signature: &'static str) -> Entry {
-    Entry { name, signature, threads: TILE_THREADS }
+    Entry { name, signature, threads: conv_tile::THREADS }
 }
 
 /// The kernels of `kernels/conv3x3.cu`.
@@ -73,6 +73,10 @@ pub const FAMILY: Family = Family {
 const SIDE: u32 = 3;
 const TAPS: usize = 9;
 const OPERATION: &str = "3×3 convolution";
+
+/// Steps that a block of dgrad on spatial tiles has at least, and blocks below which it has fewer.
+const TILED_STEPS: u32 = 64;
+const TILED_BLOCKS: u32 = 1024;
 
 /// `ConvShape` of the `.cu` file.
 #[repr(C)]
@@ -312,9 +316,15 @@ impl Conv3x3Shape {
         }
     }
 
-    /// Of dgrad on spatial tiles: it has no sums over runs.
+    /// Of dgrad on spatial tiles. It has no sums over runs, so a block has just so many tiles that what it begins with, the
+    /// first halo above all, takes little of its time; if there are enough for all multiprocessors.
     fn gradient_grid(&self, tiles: &ConvTiles) -> Grid {
-        Grid::cut(tiles.count(), self.backward_columns().groups(self.x.c as u32), BLOCKS)
+        let (inputs, outputs) = (self.x.c as u32, self.y.c as u32);
+        let groups = self.backward_columns().groups(inputs);
+        let wanted = TILED_STEPS.div_ceil(conv_tile::steps(outputs));
+        let most = (tiles.count() * groups / TILED_BLOCKS).max(1);
+        let of_block = wanted.min(most);
+        Grid { tiles: of_block, runs: tiles.count().div_ceil(of_block), groups }
     }
 
     fn weight_grid(&self, dtype: Dtype) -> WeightGrid {

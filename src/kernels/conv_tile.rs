@@ -31,6 +31,11 @@ const STAGES: u32 = 3;
 /// Bytes of a chunk of channels.
 const CHUNK_BYTES: u32 = 64;
 
+/// Steps of a tile: taps of chunks of so many channels.
+pub(super) const fn steps(channels: u32) -> u32 {
+    9 * channels.div_ceil(CHUNK_BYTES / 2)
+}
+
 impl Columns {
     const C32: Self = Self { name: "tiles32", columns: 32 };
     const C48: Self = Self { name: "tiles48", columns: 48 };

@@ -230,7 +230,9 @@ fn blocks_walk_over_several_tiles() {
     let grid = |work: effnetv2::kernels::Work| work.grid[0];
     assert!(grid(shape.fprop_work(Dtype::Bf16, OutputKind::Moments)) < tiles);
     assert!(grid(shape.dgrad_work(Dtype::Bf16, false)) < tiles);
-    assert!(grid(shape.wgrad_work(Dtype::Bf16)) > 16);
+    assert!(grid(shape.wgrad_work(Dtype::F32).remove(0)) > 16);
+    assert!(grid(shape.wgrad_work(Dtype::Bf16).remove(0)) > 8);
+    exact::<f32>(&device, conv, images, Epilogue::Plain, false);
     exact::<bf16>(&device, conv, images, Epilogue::Moments, true);
 }
 
@@ -414,9 +416,15 @@ fn costs_are_counted() {
     assert_eq!(folded.cost.bytes, work.cost.bytes + 2 * y + 4 * 192);
     let dgrad = shape.dgrad_work(Dtype::Bf16, true);
     assert_eq!(dgrad.cost.bytes, 2 * (2 * y + 2 * x + weights) + 4 * 3 * 192);
-    let wgrad = shape.wgrad_work(Dtype::Bf16);
+    let [wgrad, sum] = shape.wgrad_work(Dtype::Bf16).try_into().unwrap();
+    let partial = u64::from(wgrad.grid[0]) * 96 * 9 * 48;
+    assert_eq!((wgrad.kernel.as_str(), wgrad.grid), ("conv3x3_wgrad_24_s1_bf16", [132, 1, 1]));
+    assert_eq!(wgrad.cost.bytes, 2 * (2 * y + x) + 4 * (partial + 3 * 192));
+    assert_eq!(wgrad.cost.tensor_operations, 2 * pixels * weights);
+    assert_eq!((sum.kernel.as_str(), sum.cost.bytes), ("conv3x3_wgrad_sum", 4 * (partial + 2 * weights)));
+    let [wgrad] = shape.wgrad_work(Dtype::F32).try_into().unwrap();
     let partial = u64::from(wgrad.grid[0]) * 64 * 128;
-    assert_eq!(wgrad.cost.bytes, 2 * (2 * y + x) + 4 * (partial + 2 * weights + 3 * 192));
+    assert_eq!(wgrad.cost.bytes, 4 * (2 * y + x) + 4 * (partial + 2 * weights + 3 * 192));
 }
 
 #[test]

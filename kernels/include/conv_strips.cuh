@@ -10,10 +10,13 @@
 // strip, a tap is a shift of an address (kw) or another choice of registers (kh), and a fragment of x that has come from
 // shared memory enters three products (with stride 2 one or two).
 //
-// Steps. `pairs` pairs of rows are a step of the pipeline; cp.async brings it `stages - 1` steps ahead. Steps of all strips are
-// numbered one after the other; a team has `run` of them. Where a team enters a strip, at its top or not, it first takes
-// the rows of y before, without x. Each step of x is of one team, so each product of a row of x and one of y is made once.
-// Teams of a block wait for each other only at the end, where the first adds up what all have, one after the other.
+// Steps. `pairs` pairs of rows are a step of the pipeline; cp.async brings it two steps ahead. Steps of all strips are numbered
+// one after the other; a team has `run` of them. Where a team enters a strip, at its top or not, it first takes the rows of y
+// before, without x. Each step of x is of one team, so each product of a row of x and one of y is made once. Teams of a block
+// wait for each other only at the end, where the first adds up what all have, one after the other.
+//
+// Fetching. A thread brings always the same 16 bytes of always the same column: what it knows of its piece is made once, what
+// follows from the strip where one is entered, and a step adds a constant.
 //
 // Zeros. What lies outside comes as zeros; dy, where a zero would become c, is zeroed again: for columns c is what is zero,
 // rows are zeroed as they leave the transform, which works on fragments of g and y in registers.
@@ -34,15 +37,17 @@
 struct StripShape {
     /// Of x, of y.
     unsigned height, width, out_height, out_width, inputs, outputs;
-    /// Where a strip's first step begins in x and y, and its columns in x: they may lie before the image.
-    int first_row, first_out, first_column;
-    /// Strips of an image; steps of a strip; pieces of 16 bytes that a tile takes of a pixel of x.
-    FastDivisor across, down, pieces;
-    /// Steps of all strips, and of a team.
-    unsigned steps, run;
-    unsigned pairs, stages;
+    /// Row 0 of a strip's first step in y; row `first_row` + stride r of x is under the first tap of row r of y, column
+    /// `first_column` under that of column 0. No row of y from `end_out` on meets one of x.
+    int first_out, first_row, first_column, end_out;
+    /// Strips of an image; steps of a strip.
+    FastDivisor across, down;
+    /// Steps of all strips, and of a team; pairs of rows of a step.
+    unsigned steps, run, pairs;
     unsigned warps_m, warps_n, team_warps, teams;
     unsigned tiles, column_tiles, splits;
+    /// Pieces of 16 bytes that a tile takes of a pixel of x, and rows of x that a team fetches at once.
+    unsigned pieces, x_rows;
     /// Of shared memory, in elements: from pixel to pixel of g, y and of x; from g to y; from the beginning of a step to x, and
     /// to the next step.
     unsigned y_pitch, x_pitch, y_source, x_begin, stage;
@@ -51,33 +56,6 @@ struct StripShape {
 namespace strip_detail {
 
 constexpr unsigned taps_across = 3, all_taps = 9;
-
-/// A step of a team's walk: rows of x and y, or before the first of a strip the rows of y before it alone.
-struct Cursor {
-    unsigned step;
-    bool enters;
-
-    __device__ __forceinline__ void advance(const StripShape& s) {
-        if (enters) {
-            enters = false;
-        } else {
-            ++step;
-            enters = step == s.down.quotient(step) * s.down.divisor;
-        }
-    }
-};
-
-/// Where it lies: the image, the strip of it, and how many steps down.
-struct StripPlace {
-    unsigned image, across;
-    int down;
-
-    __device__ __forceinline__ StripPlace(const StripShape& s, const Cursor& at) {
-        const unsigned strip = s.down.quotient(at.step);
-        image = s.across.quotient(strip), across = strip - image * s.across.divisor;
-        down = int(at.step - strip * s.down.divisor) - int(at.enters);
-    }
-};
 
 /// Of x under a pair of rows of y.
 template <unsigned stride> struct StripWindow {
@@ -88,87 +66,128 @@ template <unsigned stride> struct StripWindow {
     }
 };
 
-constexpr unsigned chunk = 8;
+constexpr unsigned chunk = 8, stages = 3;
 
-/// Fetches steps: a thread always the same piece of 16 bytes of pixels of one column of y, and what falls to it of x.
+/// Where a team walks: the step, the one with which its strip ends, and the step's first row of y. It `enters` a strip with
+/// the rows of y before the step.
+struct StripWalk {
+    unsigned step, until;
+    int row;
+    bool enters;
+
+    __device__ __forceinline__ explicit StripWalk(unsigned first) : step(first), until(0), row(0), enters(true) {}
+
+    /// At the beginning of a strip: which one of which image.
+    __device__ __forceinline__ void enter(const StripShape& s, unsigned& image, unsigned& across) {
+        const unsigned strip = s.down.quotient(step), top = strip * s.down.divisor;
+        image = s.across.quotient(strip), across = strip - image * s.across.divisor;
+        until = top + s.down.divisor;
+        row = s.first_out + (int(step - top) - 1) * int(2 * s.pairs);
+    }
+    __device__ __forceinline__ void advance(const StripShape& s) {
+        row += int(2 * s.pairs);
+        step += enters ? 0 : 1;
+        enters = step == until;
+    }
+};
+
+/// What a thread needs to know where it enters a strip, in shared memory for want of registers: of the piece that it fetches
+/// the first output and below it the column, 4 times the first input and below it the column; c of its two outputs.
+struct StripKept {
+    unsigned of_y, of_x;
+    float c[2];
+};
+
+/// Fetches steps.
 template <class T, unsigned stride> struct StripFetch {
     using Window = StripWindow<stride>;
     const T *g, *y, *x;
     const StripShape& s;
-    unsigned thread, first_input;
-    /// Of y: the first pixel of 8 columns, the output, and where they go.
-    unsigned pixel, output, to;
+    const StripKept& kept;
+    /// Its first row of a step, and where it goes; offsets of the step; how many rows of the image a column has, none outside.
+    unsigned y_row, x_row, y_to, x_to, y_from, x_from, y_height, x_height;
 
-    __device__ __forceinline__ StripFetch(const T* of_g, const T* of_y, const T* of_x, const StripShape& shape, unsigned own,
-                                          unsigned first_output, unsigned input)
-        : g(of_g), y(of_y), x(of_x), s(shape), thread(own), first_input(input) {
-        const unsigned pieces = 2 * s.warps_m;
-        pixel = thread / pieces;
-        const unsigned piece = thread - pixel * pieces;
-        output = first_output + piece * chunk, to = pixel * s.y_pitch + piece * chunk;
+    __device__ __forceinline__ StripFetch(const T* of_g, const T* of_y, const T* of_x, const StripShape& shape, StripKept& keep,
+                                          unsigned thread, unsigned first_output, unsigned first_input)
+        : g(of_g), y(of_y), x(of_x), s(shape), kept(keep), y_from(0), x_from(0), y_height(0), x_height(0) {
+        const unsigned y_pieces = 2 * s.warps_m, pixel = thread / y_pieces, y_piece = thread - pixel * y_pieces;
+        y_row = pixel / 8, y_to = pixel * s.y_pitch + y_piece * chunk;
+        const unsigned of_row = Window::columns * s.pieces, row = thread / of_row, in_row = thread - row * of_row;
+        const unsigned x_column = in_row / s.pieces, x_piece = in_row - x_column * s.pieces;
+        // Threads beyond the last whole row have no piece: theirs is in no row of a step.
+        x_row = row < s.x_rows ? row : ~0u / 2;
+        x_to = s.x_begin + (row * Window::columns + Window::slot(x_column)) * s.x_pitch + x_piece * chunk;
+        keep.of_y = first_output + y_piece * chunk + pixel % 8;
+        keep.of_x = (first_input + x_piece * chunk) * 4 + x_column;
     }
 
-    __device__ __forceinline__ void operator()(T* stage, const Cursor& cursor) const {
-        const unsigned pixels = 16 * s.pairs, step = 16 * s.warps_n;
-        const StripPlace at(s, cursor);
-        const unsigned column = at.across * 8 + pixel % 8;
-        const bool exists = column < s.out_width && output < s.outputs;
-        const int first = s.first_out + at.down * int(2 * s.pairs);
-        T* to_y = stage + to;
+    /// Of a strip.
+    __device__ __forceinline__ void enter(StripWalk& walk) {
+        unsigned image, across;
+        walk.enter(s, image, across);
+        const unsigned output = kept.of_y & ~7u, of_y = across * 8 + kept.of_y % 8, input = kept.of_x / 32 * 8;
+        y_height = of_y < s.out_width && output < s.outputs ? s.out_height : 0;
+        y_from = ((image * s.out_height + unsigned(walk.row) + y_row) * s.out_width + of_y) * s.outputs + output;
+        const unsigned of_x = unsigned(s.first_column) + across * 8 * stride + kept.of_x % 32;
+        const unsigned row_of_x = unsigned(s.first_row + walk.row * int(stride)) + x_row;
+        x_height = of_x < s.width && input < s.inputs ? s.height : 0;
+        x_from = ((image * s.height + row_of_x) * s.width + of_x) * s.inputs + input;
+    }
+
+    __device__ __forceinline__ void operator()(T* stage, StripWalk& walk) {
+        const unsigned rows = 2 * s.pairs;
+        if (walk.enters) enter(walk);
+        T* to = stage + y_to;
+        unsigned from = y_from;
 #pragma unroll 1
-        for (unsigned p = pixel; p < pixels; p += step, to_y += step * s.y_pitch) {
-            const unsigned row = unsigned(first + int(p / 8));
-            const bool inside = exists && row < s.out_height;
-            const unsigned from =
-                inside ? ((at.image * s.out_height + row) * s.out_width + column) * s.outputs + output : 0;
-            cp_async<16>(to_y, g + from, inside ? 16u : 0u);
-            cp_async<16>(to_y + s.y_source, y + from, inside ? 16u : 0u);
+        for (unsigned r = y_row; r < rows; r += 2 * s.warps_n) {
+            const bool inside = unsigned(walk.row) + r < y_height;
+            cp_async<16>(to, g + (inside ? from : 0), inside ? 16u : 0u);
+            cp_async<16>(to + s.y_source, y + (inside ? from : 0), inside ? 16u : 0u);
+            to += 16 * s.warps_n * s.y_pitch, from += 2 * s.warps_n * s.out_width * s.outputs;
         }
-        if (cursor.enters) return;
-        const int first_row = s.first_row + at.down * int(2 * s.pairs * stride);
-        const int first_column = s.first_column + int(at.across * 8 * stride);
-        const unsigned count = s.pairs * Window::rows * Window::columns * s.pieces.divisor;
+        if (!walk.enters) {
+            const unsigned first = unsigned(s.first_row + walk.row * int(stride));
+            to = stage + x_to, from = x_from;
 #pragma unroll 1
-        for (unsigned p = thread; p < count; p += 32 * s.team_warps) {
-            const unsigned of_window = s.pieces.quotient(p), piece = p - of_window * s.pieces.divisor;
-            const unsigned r = of_window / Window::columns, c = of_window - r * Window::columns;
-            const unsigned row = unsigned(first_row + int(r)), across = unsigned(first_column + int(c));
-            const unsigned input = first_input + piece * chunk;
-            const bool inside = row < s.height && across < s.width && input < s.inputs;
-            const unsigned from = inside ? ((at.image * s.height + row) * s.width + across) * s.inputs + input : 0;
-            T* const to_x = stage + s.x_begin + (r * Window::columns + Window::slot(c)) * s.x_pitch + piece * chunk;
-            cp_async<16>(to_x, x + from, inside ? 16u : 0u);
+            for (unsigned r = x_row; r < rows * stride; r += s.x_rows) {
+                const bool inside = first + r < x_height;
+                cp_async<16>(to, x + (inside ? from : 0), inside ? 16u : 0u);
+                to += s.x_rows * Window::columns * s.x_pitch, from += s.x_rows * s.width * s.inputs;
+            }
         }
+        y_from += rows * s.out_width * s.outputs, x_from += rows * stride * s.width * s.inputs;
+        walk.advance(s);
     }
 };
 
 /// dy as a warp's lanes hold it for mma's A: of outputs lane / 4 and 8 more, pixels 2 (lane % 4) and the next of a row.
 template <class T> struct StripGradient {
     const StripShape& s;
-    const float* owed;
-    unsigned first;
+    const StripKept& kept;
     float a[2], b[2];
     /// Of each pixel; zero outside.
     float c[2][2];
 
-    __device__ __forceinline__ StripGradient(const StripShape& shape, const float* of_outputs, unsigned first_output)
-        : s(shape), owed(of_outputs), first(first_output + threadIdx.x % 32 / 4) {
+    __device__ __forceinline__ StripGradient(const StripShape& shape, StripKept& keep, const float* owed,
+                                             unsigned first_output)
+        : s(shape), kept(keep) {
 #pragma unroll
-        for (unsigned h = 0; h < 2; ++h) a[h] = load(0, h), b[h] = load(1, h);
-    }
-    __device__ __forceinline__ float load(unsigned k, unsigned h) const {
-        const unsigned output = first + 8 * h;
-        return output < s.outputs ? __ldg(owed + k * s.outputs + output) : 0.0f;
+        for (unsigned h = 0; h < 2; ++h) {
+            const unsigned output = first_output + threadIdx.x % 32 / 4 + 8 * h;
+            const bool exists = output < s.outputs;
+            a[h] = exists ? __ldg(owed + output) : 0.0f;
+            b[h] = exists ? __ldg(owed + s.outputs + output) : 0.0f;
+            keep.c[h] = exists ? __ldg(owed + 2 * s.outputs + output) : 0.0f;
+        }
     }
     /// Before the rows of another strip.
     __device__ __forceinline__ void enter(unsigned across) {
         const unsigned column = across * 8 + threadIdx.x % 4 * 2;
 #pragma unroll
-        for (unsigned h = 0; h < 2; ++h) {
-            const float all = load(2, h);
+        for (unsigned h = 0; h < 2; ++h)
 #pragma unroll
-            for (unsigned k = 0; k < 2; ++k) c[h][k] = column + k < s.out_width ? all : 0.0f;
-        }
+            for (unsigned k = 0; k < 2; ++k) c[h][k] = column + k < s.out_width ? kept.c[h] : 0.0f;
     }
     /// Of half h of the outputs, for two pixels.
     __device__ __forceinline__ uint32_t operator()(unsigned h, uint32_t g, uint32_t y) const {
@@ -221,10 +240,10 @@ __device__ __forceinline__ void strip_wgrad(const T* g, const T* y, const float*
     float acc[taps_across][taps_across][fragments][4] = {};
 
     if (team < s.teams) {
-        const StripFetch<T, stride> fetch(g, y, x, s, own * 32 + lane, first_output,
-                                          column_tile * s.pieces.divisor * chunk);
-        StripGradient<T> gradient(s, owed, first_output + warp_m * 16);
-        T* const pipeline = dynamic_shared<T>() + team * s.stages * s.stage;
+        StripKept& kept = dynamic_shared<StripKept>(s.teams * stages * s.stage * sizeof(T))[threadIdx.x];
+        StripFetch<T, stride> fetch(g, y, x, s, kept, own * 32 + lane, first_output, column_tile * s.pieces * chunk);
+        StripGradient<T> gradient(s, kept, owed, first_output + warp_m * 16);
+        T* const pipeline = dynamic_shared<T>() + team * stages * s.stage;
 
         // Where this lane finds its row of the first matrices: pixels, then outputs or inputs, 8 at a time.
         const unsigned matrix = lane / 8, r = lane % 8;
@@ -233,43 +252,45 @@ __device__ __forceinline__ void strip_wgrad(const T* g, const T* y, const float*
                               (warp_n * fragments + matrix / 2) * 8;
 
         const unsigned first = (split * s.teams + team) * s.run, end = min(first + s.run, s.steps);
-        Cursor fetched{first, true}, done{first, true};
+        StripWalk fetched(first), done(first);
         const auto bring = [&](unsigned slot) {
-            if (fetched.step < end) {
-                fetch(pipeline + slot * s.stage, fetched);
-                fetched.advance(s);
-            }
+            if (fetched.step < end) fetch(pipeline + slot * s.stage, fetched);
             cp_async_commit_group();
         };
 #pragma unroll 1
-        for (unsigned k = 0; k + 1 < s.stages; ++k) bring(k);
+        for (unsigned k = 0; k + 1 < stages; ++k) bring(k);
         // Rows of dy, the newest two last, each for outputs lane / 4 and 8 more.
         uint32_t rows[4][2] = {};
         unsigned slot = 0;
         while (done.step < end) {
-            // With two or three steps under way.
-            if (s.stages == 3)
-                cp_async_wait_group<1>();
-            else
-                cp_async_wait_group<2>();
+            cp_async_wait_group<int(stages) - 2>();
             // The team has brought this step and is through with the one before, whose memory is fetched into next.
             barrier_sync(1 + team, s.team_warps * 32);
-            bring(slot == 0 ? s.stages - 1 : slot - 1);
-            const T* stage = pipeline + slot * s.stage;
-            const StripPlace at(s, done);
-            if (done.enters) gradient.enter(at.across);
+            bring(slot == 0 ? stages - 1 : slot - 1);
+            if (done.enters) {
+                unsigned image, across;
+                done.enter(s, image, across);
+                gradient.enter(across);
+            }
+            const T *of_y = pipeline + slot * s.stage + in_y, *of_x = pipeline + slot * s.stage + in_x;
+            const int below = done.row + int(2 * s.pairs);
+            // Of the rows before a strip's first own ones the last two.
+            int row = done.row;
+            if (done.enters) row = below - 2, of_y += (s.pairs - 1) * 16 * s.y_pitch;
+            const int last = done.enters ? below : min(below, s.end_out);
 #pragma unroll 1
-            for (unsigned pair = done.enters ? s.pairs - 1 : 0; pair < s.pairs; ++pair) {
-                uint32_t of_g[4], of_y[4];
-                ldmatrix_trans<4>(of_g, stage + in_y + pair * 16 * s.y_pitch);
-                ldmatrix_trans<4>(of_y, stage + in_y + pair * 16 * s.y_pitch + s.y_source);
-                const unsigned row = unsigned(s.first_out + (at.down * int(s.pairs) + int(pair)) * 2);
-                const uint32_t exists[2] = {row < s.out_height ? ~0u : 0u, row + 1 < s.out_height ? ~0u : 0u};
+            for (; row < last; row += 2) {
+                uint32_t g_values[4], y_values[4];
+                ldmatrix_trans<4>(g_values, of_y);
+                ldmatrix_trans<4>(y_values, of_y + s.y_source);
+                of_y += 16 * s.y_pitch;
+                const uint32_t exists[2] = {unsigned(row) < s.out_height ? ~0u : 0u,
+                                            unsigned(row + 1) < s.out_height ? ~0u : 0u};
 #pragma unroll
                 for (unsigned h = 0; h < 2; ++h) {
                     rows[0][h] = rows[2][h], rows[1][h] = rows[3][h];
-                    rows[2][h] = gradient(h, of_g[h], of_y[h]) & exists[0];
-                    rows[3][h] = gradient(h, of_g[2 + h], of_y[2 + h]) & exists[1];
+                    rows[2][h] = gradient(h, g_values[h], y_values[h]) & exists[0];
+                    rows[3][h] = gradient(h, g_values[2 + h], y_values[2 + h]) & exists[1];
                 }
                 if (done.enters) break;
                 // Rows of dy before the newest one and the newest one of a kh.
@@ -277,13 +298,12 @@ __device__ __forceinline__ void strip_wgrad(const T* g, const T* y, const float*
                     two[0] = rows[newest - 1][0], two[1] = rows[newest - 1][1];
                     two[2] = rows[newest][0], two[3] = rows[newest][1];
                 };
-                const T* of_x = stage + pair * Window::rows * Window::columns * s.x_pitch;
                 const unsigned one = Window::slot(1) * s.x_pitch, two = Window::slot(2) * s.x_pitch;
                 if constexpr (stride == 1) {
                     // Rows r and r + 1 of x, counted from the first tap of row r of y.
                     uint32_t of_kh[3][4];
                     two_rows(of_kh[0], 3), two_rows(of_kh[1], 2), two_rows(of_kh[2], 1);
-                    load_columns<T, fragments>(of_x + in_x, one, two,
+                    load_columns<T, fragments>(of_x, one, two,
                                                [&](unsigned kw, unsigned j, const Values& values) {
 #pragma unroll
                                                    for (unsigned kh = 0; kh < 3; ++kh)
@@ -294,20 +314,20 @@ __device__ __forceinline__ void strip_wgrad(const T* g, const T* y, const float*
                     // and 2r + 3 are kh = 1.
                     uint32_t of_kh[2][4];
                     two_rows(of_kh[0], 3), two_rows(of_kh[1], 2);
-                    load_columns<T, fragments>(of_x + in_x, one, two,
+                    load_columns<T, fragments>(of_x, one, two,
                                                [&](unsigned kw, unsigned j, const Values& values) {
                                                    mma_m16n8k16<T>(acc[0][kw][j], of_kh[0], values.of, acc[0][kw][j]);
                                                    mma_m16n8k16<T>(acc[2][kw][j], of_kh[1], values.of, acc[2][kw][j]);
                                                });
-                    of_x += Window::columns * s.x_pitch;
-                    load_columns<T, fragments>(of_x + in_x, one, two,
+                    load_columns<T, fragments>(of_x + Window::columns * s.x_pitch, one, two,
                                                [&](unsigned kw, unsigned j, const Values& values) {
                                                    mma_m16n8k16<T>(acc[1][kw][j], of_kh[0], values.of, acc[1][kw][j]);
                                                });
                 }
+                of_x += Window::rows * Window::columns * s.x_pitch;
             }
             done.advance(s);
-            if (++slot == s.stages) slot = 0;
+            if (++slot == stages) slot = 0;
         }
     }
 

@@ -20,7 +20,7 @@ use std::sync::Arc;
 const FPROP: &str = "ppppppp{56:8}{60:4}III{12:4}";
 const DGRAD: &str = "pppppp{344:4}";
 const WGRAD: &str = "ppppppp{60:4}I{16:4}";
-const STRIPS: &str = "ppppp{136:4}";
+const STRIPS: &str = "ppppp{132:4}";
 
 const fn entry(name: &'static str, signature: &'static str) -> Entry {
     Entry { name, signature, threads: THREADS }
@@ -65,7 +65,7 @@ pub const FAMILY: Family = Family {
         strips("conv3x3_wgrad_32_s2_bf16", 4),
         strips("conv3x3_wgrad_40_s1_bf16", 5),
         strips("conv3x3_wgrad_40_s2_bf16", 5),
-        entry("conv3x3_wgrad_sum", "pp{136:4}I"),
+        entry("conv3x3_wgrad_sum", "pp{132:4}I"),
     ],
 };
 
@@ -366,7 +366,7 @@ impl Conv3x3Shape {
             Work {
                 kernel: format!("conv3x3_wgrad_{}_{}", strips.name(), dtype.suffix()),
                 grid: [strips.blocks(), 1, 1],
-                shared: strips.shared(),
+                shared: strips.shared,
                 cost: self.cost(read + partial),
             },
             Work { kernel: SUM.into(), grid: [strips.pieces(), 1, 1], shared: 0, cost: sum },

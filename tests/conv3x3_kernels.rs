@@ -20,6 +20,7 @@ use effnetv2::tensor::{Conv, ConvKind, Dtype, Padding, Real, Shape};
 use elements::{EPSILON, Sample, unwritten, wide, written};
 use half::{bf16, f16};
 use proptest::prelude::*;
+use std::collections::BTreeSet;
 
 type Images = (usize, usize, usize);
 
@@ -234,6 +235,32 @@ fn blocks_walk_over_several_tiles() {
     assert!(grid(shape.wgrad_work(Dtype::Bf16).remove(0)) > 8);
     exact::<f32>(&device, conv, images, Epilogue::Plain, false);
     exact::<bf16>(&device, conv, images, Epilogue::Moments, true);
+}
+
+/// The gradient of the weights in 16 bits has a kernel for each stride and number of inputs of a warp: all of them, with tiles
+/// of several warps along inputs and outputs, several teams, strips entered in their middle, and several tiles.
+#[test]
+fn every_layout_of_strips_is_exact() {
+    let Some(device) = device() else { return };
+    let mut kernels = BTreeSet::new();
+    for (inputs, outputs) in
+        [(24, 24), (24, 208), (48, 104), (96, 40), (32, 40), (64, 72), (40, 40), (80, 72)]
+    {
+        for (stride, padding, images) in [
+            (1, Padding::Same, (2, 21, 19)),
+            (2, Padding::Same, (2, 26, 35)),
+            (2, Padding::Symmetric, (1, 38, 37)),
+        ] {
+            let conv = dense(stride, padding, inputs, outputs);
+            let (n, h, w) = images;
+            let works =
+                Conv3x3Shape::new(&conv, Shape::new(n, h, w, inputs)).unwrap().wgrad_work(Dtype::Bf16);
+            kernels.insert(works[0].kernel.clone());
+            exact::<bf16>(&device, conv, images, Epilogue::Plain, false);
+        }
+    }
+    let names = |inputs| [1, 2].map(|stride| format!("conv3x3_wgrad_{inputs}_s{stride}_bf16"));
+    assert_eq!(kernels, [24, 32, 40].into_iter().flat_map(names).collect());
 }
 
 /// A mean two hundred times the deviation: what `Norm::check` allows depends on the range of values alone.

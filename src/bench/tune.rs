@@ -157,7 +157,8 @@ impl<T: FusedElement> Plan<T> {
         match (self, candidate.launch) {
             (Self::Dense(plan), Launch::Fprop) => plan.shape().fprop_work(T::DTYPE, output),
             (Self::Dense(plan), Launch::Dgrad) => plan.shape().dgrad_work(T::DTYPE, skip),
-            (Self::Dense(plan), _) => plan.shape().wgrad_work(T::DTYPE),
+            // What adds up its partial results is the same for all.
+            (Self::Dense(plan), _) => plan.shape().wgrad_work(T::DTYPE).swap_remove(0),
             (Self::Depthwise(plan), Launch::Fprop) => {
                 plan.shape().fprop_work(input == InputKind::Silu, output)
             }
@@ -414,15 +415,16 @@ pub fn measure<T: FusedElement>(
     for choice in possible(candidate, T::DTYPE)? {
         plans.push((choice, Plan::new(device, &convolution, Choices::only(launch, choice))));
     }
-    // Choices that come to the same launch are one way.
-    let mut seen: Vec<(String, [u32; 3])> = Vec::new();
-    plans.retain(|(_, plan)| match plan {
+    // Choices that come to the same launch are one way; layouts of other ranks are others, whatever they take.
+    let mut seen = Vec::new();
+    plans.retain(|(choice, plan)| match plan {
         Err(_) => true,
         Ok(plan) => {
-            let Work { kernel, grid, .. } = plan.work(candidate);
-            let new = !seen.contains(&(kernel.clone(), grid));
+            let Work { kernel, grid, shared, .. } = plan.work(candidate);
+            let way = (kernel, grid, shared, choice.rank);
+            let new = !seen.contains(&way);
             if new {
-                seen.push((kernel, grid));
+                seen.push(way);
             }
             new
         }

@@ -147,16 +147,15 @@ impl PointwiseWork {
             Dtype::F16 | Dtype::Bf16 if channels > Tile::NARROW.columns as usize => vec![64, 128],
             _ => vec![64],
         };
-        let each = |way: Option<Way>, channels: usize, blocks: [u32; 3]| {
-            let cut = move |columns| {
-                blocks.map(|blocks| Choice { way, ..Choice::default() }.columns(columns).blocks(blocks))
-            };
+        let each = |way: Option<Way>, channels: usize, blocks: &[u32]| {
+            let one = |columns, blocks| Choice { way, ..Choice::default() }.columns(columns).blocks(blocks);
+            let cut = |columns| blocks.iter().map(move |&blocks| one(columns, blocks));
             columns(channels).into_iter().flat_map(cut).collect::<Vec<_>>()
         };
         match launch {
-            Launch::Fprop => each(None, self.outputs, [1024, 2048, 4096]),
+            Launch::Fprop => each(None, self.outputs, &[264, 528, 1056, 4096]),
             Launch::Backward => {
-                let mut all = each(Some(Way::TwoPasses), self.x.c, [264, 528, 1056]);
+                let mut all = each(Some(Way::TwoPasses), self.x.c, &[264, 528, 1056]);
                 if Self::KINDS.iter().any(|&(input, output)| self.one_pass(input, output).is_some()) {
                     all.push(Choice::by(Way::OnePass));
                 }

@@ -73,17 +73,24 @@ pub struct Choice {
     pub columns: Option<u32>,
     /// Blocks that the grid aims at.
     pub blocks: Option<u32>,
+    /// Where the rule estimates which of many layouts is the best: the one in this place, from 1.
+    pub rank: Option<u32>,
 }
 
 impl Choice {
     /// This algorithm.
     pub const fn by(way: Way) -> Self {
-        Self { way: Some(way), columns: None, blocks: None }
+        Self { way: Some(way), columns: None, blocks: None, rank: None }
     }
 
     /// With tiles of so many columns.
     pub const fn columns(self, columns: u32) -> Self {
         Self { columns: Some(columns), ..self }
+    }
+
+    /// With the layout of this rank.
+    pub const fn rank(self, rank: u32) -> Self {
+        Self { rank: Some(rank), ..self }
     }
 
     /// With about so many blocks.
@@ -100,6 +107,7 @@ impl Display for Choice {
             way.map(|(_, name)| (*name).to_owned()),
             self.columns.map(|columns| format!("columns={columns}")),
             self.blocks.map(|blocks| format!("blocks={blocks}")),
+            self.rank.map(|rank| format!("rank={rank}")),
         ];
         let words: Vec<String> = words.into_iter().flatten().collect();
         f.write_str(if words.is_empty() { "rule" } else { "" })?;
@@ -132,6 +140,7 @@ impl FromStr for Choice {
                     match name {
                         "columns" => choice.columns = number,
                         "blocks" => choice.blocks = number,
+                        "rank" => choice.rank = number,
                         _ => return Err(unknown(word)),
                     }
                 }
@@ -367,8 +376,11 @@ mod tests {
     #[test]
     fn choices_are_written_in_words() {
         let ways = WAYS.map(|(way, _)| Choice::by(way));
-        let others =
-            [Choice::default(), Choice::default().blocks(7), Choice::by(Way::Spatial).columns(48).blocks(9)];
+        let others = [
+            Choice::default(),
+            Choice::default().blocks(7),
+            Choice::by(Way::Spatial).columns(48).blocks(9).rank(2),
+        ];
         for choice in ways.into_iter().chain(others) {
             assert_eq!(choice.to_string().parse(), Ok(choice), "{choice}");
         }

@@ -22,7 +22,7 @@ use super::operand::{
     Arrival, GradientKind, GradientOutput, GradientView, Input, InputKind, NormFinish, Output, OutputKind,
     OwedFinish,
 };
-use super::pointwise_one_pass::{self, OnePass};
+use super::pointwise_one_pass::{self, BUSY, OnePass};
 use super::raw::{RawElement, check_shape};
 use super::work::{Cost, Work};
 use super::workspace::Workspace;
@@ -84,8 +84,6 @@ const CLASSIFIER: &str = "classifier";
 
 /// Classes of a block of the bias's gradient.
 const BIAS_COLUMNS: u32 = 32;
-/// Blocks that a GPU should have at least.
-const BUSY: u32 = 132;
 
 /// How often both gradients read what they are made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -286,14 +284,14 @@ impl PointwiseWork {
         }
     }
 
-    /// How [`Pointwise::backward`] reads its operands: once if that moves fewer bytes by an eighth at least. A block that
-    /// keeps weights and their gradient leaves little of a multiprocessor to others, which less would not pay for.
+    /// How [`Pointwise::backward`] reads its operands: once if that moves fewer bytes by an eighth at least, and gives a GPU
+    /// enough blocks. One that keeps weights and their gradient leaves little of a multiprocessor to others, which a smaller
+    /// gain would not pay for.
     pub fn passes(&self, input: InputKind, output: GradientKind) -> Passes {
         let two = self.two_passes(input, output).cost.bytes;
-        match self.one_pass(input, output) {
-            Some(one) if self.one_pass_cost(&one, output).bytes <= two - two / 8 => Passes::One,
-            _ => Passes::Two,
-        }
+        let pays =
+            |one: &OnePass| one.blocks() >= BUSY && self.one_pass_cost(one, output).bytes <= two - two / 8;
+        if self.one_pass(input, output).is_some_and(|one| pays(&one)) { Passes::One } else { Passes::Two }
     }
 
     /// The launch of [`Pointwise::backward`].

@@ -207,7 +207,9 @@ mod tests {
     fn runs_and_groups_cover_all_and_none_is_empty() {
         each(|x, pass| {
             let OnePassGrid { rows, units, runs, groups, columns, tile } = pass.grid;
-            assert!(columns % 16 == 0 && columns <= COLUMNS && tile % 16 == 0 && THREADS % tile == 0);
+            assert!(
+                columns % 16 == 0 && columns <= COLUMNS && tile % 16 == 0 && THREADS.is_multiple_of(tile)
+            );
             assert!(groups * columns >= pass.inputs && (groups - 1) * columns < pass.inputs);
             let (run, pixels) = (u64::from(rows) * u64::from(units), x.pixels() as u64);
             assert!(run * u64::from(runs) >= pixels && run * u64::from(runs - 1) < pixels);

@@ -17,7 +17,8 @@
 //   and one tile of dW. Least bytes: g, its y, x and twice dW; with splits their partial tiles, written and read.
 // pointwise_backward: both gradients in one launch, the blocks of pointwise_dgrad and then those of pointwise_wgrad; so they
 //   fill the GPU together, and a layer's backward costs one launch. pointwise_backward_gated: with pointwise_dgrad_gated,
-//   `grid.runs` being the images. Least bytes: those of both.
+//   `grid.runs` being the images. Least bytes: those of both. Where channels are few, pointwise_one_pass.cu reads what they
+//   have in common once.
 // pointwise_classifier_bias: dbias [classes] += the sums of dlogits [images, classes] over images, and, where rows of
 //   dlogits are not aligned, a copy of it with rows of `pitch` elements, 0 from `classes` on. Grid ceil(pitch / 32), block
 //   256. The classifier is otherwise pointwise_fprop with a bias, _dgrad and _wgrad.

@@ -272,6 +272,7 @@ __device__ __forceinline__ void one_pass(const GemmGradient<T>& dy, const T* wei
         for (unsigned k = 0; k < count; ++k) {
             const float* of_warps = sums_of_warps + (c / warp_columns * count + k) * warp_columns + c % warp_columns;
             float sum = of_warps[0];
+#pragma unroll 1
             for (unsigned p = 1; p < parts; ++p) sum += of_warps[p * along * count * warp_columns];
             const bool of_xhat = gated ? k == 2 || k == 3 : k == 1;
             use(k, column, of_xhat ? sum * rstd : sum);

@@ -30,7 +30,7 @@ fn plan(model: &str, images: usize, side: usize, dtype: Dtype) -> (Network, Plan
     (network, planner)
 }
 
-/// V2-S at 300 px in bf16: bytes within 15 % of the fused dataflow, and half of what PyTorch keeps.
+/// V2-S at 300 px in bf16: bytes within 10 % of the fused dataflow, and half of what PyTorch keeps.
 #[test]
 fn a_step_of_s_moves_and_keeps_little() {
     let (network, planner) = plan("s", BATCH, 300, Dtype::Bf16);
@@ -39,7 +39,7 @@ fn a_step_of_s_moves_and_keeps_little() {
     let eager = traffic(network.spec(), 300, 2, Dataflow::Eager).kept;
     let kept = planner.footprint().passes() / BATCH;
     println!("{moved} bytes of {fused} an image, {kept} kept of {eager}");
-    assert!(moved as f64 <= 1.15 * fused as f64, "{moved} bytes moved, {fused} by the dataflow");
+    assert!(moved as f64 <= 1.10 * fused as f64, "{moved} bytes moved, {fused} by the dataflow");
     assert!(kept <= eager as usize / 2, "{kept} bytes kept, {eager} in PyTorch");
 }
 

@@ -22,7 +22,7 @@ use super::operand::{
     Arrival, GradientKind, GradientOutput, GradientView, Input, InputKind, NormFinish, Output, OutputKind,
     OwedFinish,
 };
-use super::pointwise_one_pass::{self, OnePass};
+use super::pointwise_one_pass::{self, BUSY, OnePass};
 use super::raw::{RawElement, check_shape};
 use super::tuning::{Choice, Choices, Launch, Way};
 use super::work::{Cost, Work};
@@ -85,8 +85,6 @@ const CLASSIFIER: &str = "classifier";
 
 /// Classes of a block of the bias's gradient.
 const BIAS_COLUMNS: u32 = 32;
-/// Blocks that a GPU should have at least.
-const BUSY: u32 = 132;
 
 /// How often both gradients read what they are made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -339,20 +337,18 @@ impl PointwiseWork {
         }
     }
 
-    /// How [`Pointwise::backward`] reads its operands: once if that moves fewer bytes by an eighth at least. A block that
-    /// keeps weights and their gradient leaves little of a multiprocessor to others, which less would not pay for.
+    /// How [`Pointwise::backward`] reads its operands: once if that moves fewer bytes by an eighth at least, and gives a GPU
+    /// enough blocks. One that keeps weights and their gradient leaves little of a multiprocessor to others, which a smaller
+    /// gain would not pay for.
     pub fn passes(&self, input: InputKind, output: GradientKind) -> Passes {
-        let two = self.two_passes(input, output).cost.bytes;
         let one = self.one_pass(input, output);
-        match (self.choices.backward.way, &one) {
-            (Some(Way::OnePass), Some(_)) => return Passes::One,
-            (Some(_), _) => return Passes::Two,
-            (None, _) => {}
+        if let Some(way) = self.choices.backward.way {
+            return if way == Way::OnePass && one.is_some() { Passes::One } else { Passes::Two };
         }
-        match one {
-            Some(one) if self.one_pass_cost(&one, output).bytes <= two - two / 8 => Passes::One,
-            _ => Passes::Two,
-        }
+        let two = self.two_passes(input, output).cost.bytes;
+        let pays =
+            |one: &OnePass| one.blocks() >= BUSY && self.one_pass_cost(one, output).bytes <= two - two / 8;
+        if one.is_some_and(|one| pays(&one)) { Passes::One } else { Passes::Two }
     }
 
     /// The launch of [`Pointwise::backward`].

@@ -4,8 +4,8 @@
 //!
 //! A block keeps its part of the weights' gradient in registers and the weights in shared memory, so it is for f16 and bf16
 //! with at most 128 outputs. The inputs are cut into the fewest groups that fit; each reads the gradient of the output
-//! again. The pixels are cut into runs so long that partial results come to a sixteenth of the rest or less, if that leaves
-//! a GPU enough blocks. All of it follows from the shape, so results are the same on every GPU.
+//! again. The pixels are cut into runs so long that partial results come to about a sixteenth of the rest, if that leaves a
+//! GPU enough blocks. All of it follows from the shape, so results are the same on every GPU.
 
 use super::gemm::THREADS;
 use super::operand::{GradientKind, InputKind};
@@ -64,9 +64,10 @@ const WARP_ROWS: u32 = 16;
 const TILE_ROWS: u32 = 32;
 /// Dynamic shared memory of a block at most: what every GPU from sm_80 on has, less what the kernels declare.
 pub(super) const SHARED: u32 = 97 * 1024;
-/// Blocks of a launch at most, two rounds of two on 132 multiprocessors; and at least, if there are the pixels.
+/// Blocks of a launch at most: two rounds of two on 132 multiprocessors.
 const BLOCKS: u32 = 528;
-const BUSY: u32 = 132;
+/// Blocks that a GPU should have at least.
+pub(super) const BUSY: u32 = 132;
 /// Runs that the last block of a group can add up in little time.
 const RUNS: u32 = 512;
 /// Partial results that one block adds up: `radix` of `kernels/include/gemm_weight.cuh`.
@@ -127,15 +128,12 @@ impl OnePass {
         // Of a run: 8 bytes for each weight, 4 and more for each pixel and channel.
         let (n, k) = (u64::from(outputs), u64::from(inputs));
         let worthwhile = (32 * n * k).div_ceil(n + k);
-        let most_runs = u64::from((BLOCKS / groups).clamp(1, RUNS));
-        let busy = pixels.div_ceil(u64::from(BUSY.div_ceil(groups)));
-        let rows = pixels.div_ceil(most_runs).max(worthwhile.min(busy));
-        let (rows, units) = if gated {
-            let runs = (x.n as u64).div_ceil(rows.div_ceil(image)).min(most_runs);
-            (image, (x.n as u64).div_ceil(runs))
-        } else {
-            (rows.next_multiple_of(tile.into()), 1)
-        };
+        let least = pixels.div_ceil(u64::from((BLOCKS / groups).clamp(1, RUNS)));
+        let good = worthwhile.min(pixels / u64::from(BUSY.div_ceil(groups)));
+        // Runs are of whole images or of whole tiles.
+        let unit = if gated { image } else { tile.into() };
+        let rows = least.next_multiple_of(unit).max(good / unit * unit);
+        let (rows, units) = if gated { (image, rows / image) } else { (rows, 1) };
         let runs = pixels.div_ceil(rows * units);
         let [rows, units, runs] = [rows, units, runs].map(|count| count as u32);
         let grid = OnePassGrid { rows, units, runs, groups, columns, tile };
@@ -209,7 +207,9 @@ mod tests {
     fn runs_and_groups_cover_all_and_none_is_empty() {
         each(|x, pass| {
             let OnePassGrid { rows, units, runs, groups, columns, tile } = pass.grid;
-            assert!(columns % 16 == 0 && columns <= COLUMNS && tile % 16 == 0 && THREADS % tile == 0);
+            assert!(
+                columns % 16 == 0 && columns <= COLUMNS && tile % 16 == 0 && THREADS.is_multiple_of(tile)
+            );
             assert!(groups * columns >= pass.inputs && (groups - 1) * columns < pass.inputs);
             let (run, pixels) = (u64::from(rows) * u64::from(units), x.pixels() as u64);
             assert!(run * u64::from(runs) >= pixels && run * u64::from(runs - 1) < pixels);

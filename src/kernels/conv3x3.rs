@@ -4,7 +4,7 @@
 //! What it reads is stored plainly, as block outputs are: padding is zero after whatever is applied on load, and a value is
 //! loaded nine times.
 
-use super::conv_strips::{StripProblem, Strips, threads};
+use super::conv_strips::{SHARED, StripProblem, Strips, threads};
 use super::gemm::{FastDivisor, Grid, THREADS, Tile, WeightGrid, step_elements};
 use super::operand::{Arrival, GradientOutput, GradientView, Input, NormFinish, Output, OutputKind};
 use super::raw::RawElement;
@@ -416,7 +416,12 @@ impl<T: RawElement> Conv3x3<T> {
             shape,
             fprop: kernel(shape.fprop_work(T::DTYPE, OutputKind::Plain))?,
             dgrad: kernel(shape.dgrad_work(T::DTYPE, false))?,
-            wgrad: kernel(shape.wgrad_work(T::DTYPE).swap_remove(0))?,
+            wgrad: {
+                // Shapes share a kernel, and the last word counts: for all of them as much as any asks for.
+                let work = shape.wgrad_work(T::DTYPE).swap_remove(0);
+                let most = if T::DTYPE == Dtype::F32 { work.shared } else { SHARED };
+                kernel(Work { shared: most, ..work })?
+            },
             sum: module.kernel(SUM)?,
             element: PhantomData,
         })

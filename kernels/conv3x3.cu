@@ -10,9 +10,9 @@
 //   dx[n, ih, iw, i]        = skip + sum over o and the kh, kw that reach ih, iw of dy[n, oh, ow, o] weight[o, kh, kw, i]
 //
 // The mainloop is gemm.cuh but for dweight in f16 and bf16: 128 x 128 (wide), 128 x 64 (narrow), 128 x 32 (slim) or, for dweight
-// in f32, 64 x 128 tiles; f16 and bf16 on tensor cores, f32 in plain arithmetic. Nothing is lowered in memory: the loaders below gather what lies under the kernel,
-// 16 bytes of a pixel's channels at a time. Each direction is 18 * outputs * inputs operations for each pixel of y. Blocks
-// have 256 threads, slim ones 128.
+// in f32, 64 x 128 tiles; f16 and bf16 on tensor cores, f32 in plain arithmetic. Nothing is lowered in memory: the loaders
+// below gather what lies under the kernel, 16 bytes of a pixel's channels at a time. Each direction is 18 * outputs * inputs
+// operations for each pixel of y. Blocks have 256 threads, slim ones 128.
 //
 // conv3x3_fprop: rows are pixels of y, k is (kh, kw, i), as it lies in the weights. Stores y as ForwardOutput says: with the
 //   moments of batch norm, or folded for inference. Grid runs * groups as in GemmGrid, groups of `bn` outputs. Least bytes: x,

@@ -291,19 +291,6 @@ fn blocks_walk_over_several_tiles() {
     exact::<bf16>(&device, conv, images, Epilogue::Moments, true);
 }
 
-/// The same of spatial tiles, of which there are more than 512 runs of fprop and twice 1024 blocks of dgrad.
-#[test]
-fn blocks_walk_over_several_spatial_tiles() {
-    let Some(device) = device() else { return };
-    let conv = dense(1, Padding::Same, 8, 8);
-    let images = (2048, 12, 12);
-    let shape = Conv3x3Shape::new(&conv, Shape::new(2048, 12, 12, 8)).unwrap();
-    let grid = |work: effnetv2::kernels::Work| work.grid[0];
-    assert_eq!(grid(shape.fprop_work(Dtype::Bf16, OutputKind::Moments)), 512);
-    assert_eq!(grid(shape.dgrad_work(Dtype::Bf16, false)), 1024);
-    exact::<bf16>(&device, conv, images, Epilogue::Moments, true);
-}
-
 /// The gradient of the weights in 16 bits has a kernel for each stride and number of inputs of a warp: all of them, with tiles
 /// of several warps along inputs and outputs, several teams, strips entered in their middle, and several tiles.
 #[test]
@@ -328,6 +315,19 @@ fn every_layout_of_strips_is_exact() {
     }
     let names = |inputs| [1, 2].map(|stride| format!("conv3x3_wgrad_{inputs}_s{stride}_bf16"));
     assert_eq!(kernels, [24, 32, 40].into_iter().flat_map(names).collect());
+}
+
+/// The same of spatial tiles, of which there are more than 512 runs of fprop and twice 1024 blocks of dgrad.
+#[test]
+fn blocks_walk_over_several_spatial_tiles() {
+    let Some(device) = device() else { return };
+    let conv = dense(1, Padding::Same, 8, 8);
+    let images = (2048, 12, 12);
+    let shape = Conv3x3Shape::new(&conv, Shape::new(2048, 12, 12, 8)).unwrap();
+    let grid = |work: effnetv2::kernels::Work| work.grid[0];
+    assert_eq!(grid(shape.fprop_work(Dtype::Bf16, OutputKind::Moments)), 512);
+    assert_eq!(grid(shape.dgrad_work(Dtype::Bf16, false)), 1024);
+    exact::<bf16>(&device, conv, images, Epilogue::Moments, true);
 }
 
 /// A mean hundreds of times the deviation: what `Norm::check` allows depends on the range of values alone.

@@ -1,10 +1,10 @@
 //! The dense 3×3 convolution as implicit GEMM on tensor cores. Formulas, shapes and bytes are in `kernels/conv3x3.cu`. The
 //! first layer, which has 3 inputs, is [`Stem`](super::stem::Stem).
 //!
-//! What it reads is stored plainly, as block outputs are: padding is zero after whatever is applied on load, and a value is
-//! loaded nine times.
+//! What it reads is stored plainly, as block outputs are: padding is zero after whatever is applied on load, and where a row
+//! of a product is gathered a value is loaded nine times.
 
-use super::conv_strips::{StripProblem, Strips, threads};
+use super::conv_strips::{self, StripProblem, Strips};
 use super::conv_tile::{self, BOUNDS, Columns, ConvTiles};
 use super::gemm::{FastDivisor, Grid, RUNS, THREADS, Tile, WEIGHT_BLOCKS, WeightGrid, step_elements};
 use super::operand::{Arrival, GradientOutput, GradientView, Input, NormFinish, Output, OutputKind};
@@ -22,9 +22,9 @@ use std::sync::Arc;
 const FPROP: &str = "ppppppp{56:8}{60:4}III{12:4}";
 const DGRAD: &str = "pppppp{344:4}";
 const WGRAD: &str = "ppppppp{60:4}I{16:4}";
+const STRIPS: &str = "ppppp{132:4}";
 const FPROP_TILES: &str = "ppppppp{56:8}{64:4}IIII{12:4}";
 const DGRAD_TILES: &str = "pppppp{64:4}II{12:4}";
-const STRIPS: &str = "ppppp{132:4}";
 
 const fn entry(name: &'static str, signature: &'static str) -> Entry {
     Entry { name, signature, threads: THREADS }
@@ -34,12 +34,12 @@ const fn slim(name: &'static str, signature: &'static str) -> Entry {
     Entry { name, signature, threads: Tile::SLIM.threads }
 }
 
-const fn tiles(name: &'static str, signature: &'static str) -> Entry {
-    Entry { name, signature, threads: conv_tile::THREADS }
+const fn strips(name: &'static str, fragments: u32) -> Entry {
+    Entry { name, signature: STRIPS, threads: conv_strips::threads(fragments) }
 }
 
-const fn strips(name: &'static str, fragments: u32) -> Entry {
-    Entry { name, signature: STRIPS, threads: threads(fragments) }
+const fn tiles(name: &'static str, signature: &'static str) -> Entry {
+    Entry { name, signature, threads: conv_tile::THREADS }
 }
 
 /// The kernels of `kernels/conv3x3.cu`.
@@ -549,7 +549,12 @@ impl<T: RawElement> Conv3x3<T> {
             shape,
             fprop: kernel(shape.fprop_work(T::DTYPE, OutputKind::Plain))?,
             dgrad: kernel(shape.dgrad_work(T::DTYPE, false))?,
-            wgrad: kernel(shape.wgrad_work(T::DTYPE).swap_remove(0))?,
+            wgrad: {
+                // Shapes share a kernel, and the last word counts: for all of them as much as any asks for.
+                let work = shape.wgrad_work(T::DTYPE).swap_remove(0);
+                let most = if T::DTYPE == Dtype::F32 { work.shared } else { conv_strips::SHARED };
+                kernel(Work { shared: most, ..work })?
+            },
             sum: module.kernel(SUM)?,
             element: PhantomData,
         })

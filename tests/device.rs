@@ -194,6 +194,17 @@ fn launches_are_written_down() {
 }
 
 #[test]
+fn values_are_repeated_on_the_device() {
+    let Some((device, _alone)) = device_alone() else { return };
+    let values: Vec<u32> = (1..=7).collect();
+    for length in [1, 6, 7, 8, 14, 15, 100, 1000] {
+        let expected: Vec<u32> = values.iter().copied().cycle().take(length).collect();
+        assert_eq!(device.read(&device.repeat(&values, length).unwrap()).unwrap(), expected);
+    }
+    assert!(matches!(device.repeat::<u32>(&[], 3), Err(Error::Shape { .. })));
+}
+
+#[test]
 fn buffers_are_copied_within_the_device() {
     let Some((device, _alone)) = device_alone() else { return };
     let from = device.upload(&[1.0_f32, 2.0, 3.0]).unwrap();

@@ -6,7 +6,7 @@
 # Each part has a time limit of its own, which all together stay within TOTAL [480]; one that fails or cannot run loses none of
 # the others. FOLDER [results] gets a log of each part, the figures as JSON, and summary.json; the summary is printed last. The
 # exit code is 1 when something failed that could have run.
-# Parts: devices tests step blocks fusion ops libraries peers sanitizer criterion. A part that is named by --only may take all
+# Parts: devices tests step blocks fusion ops libraries peers tune sanitizer criterion. A part that is named by --only may take all
 # of TOTAL. Types [bf16] and PyTorch's modes [graph,compile-graph] are those of `peers`; for all of them, at leisure:
 #     ./run.sh --only peers --seconds 3600 --dtypes bf16,f16 --modes eager,graph,compile,compile-graph,max-autotune
 set -uo pipefail
@@ -201,6 +201,22 @@ libraries() {
     return $code
 }
 
+# Every way to launch a step's convolutions, all of which must agree; and a step with those that were the fastest.
+tune() {
+    [ -n "$gpu" ] || skip "no GPU"
+    "$program" bench tune s --device cuda --rounds 3 --round-seconds 0.01 --warm-up 0.01 --out "$out/tuning.json" \
+        --record "$out/tune.json" || return
+    local less
+    less=$(grep '^all of a step' "$out/tune.log")
+    say "$less"
+    if grep -q 'differs from that by the rule' "$out/tune.log"; then
+        say "some ways disagree with the rule, see tune.log; $less"
+        return 1
+    fi
+    "$program" bench step --device cuda --pass training --rounds 3 --tuning "$out/tuning.json" --out "$out/tuned" || return
+    say "$less; $(sed -n 's/^training *[0-9]* *\([0-9.]*\) .*/a step takes \1 ms/p' "$out/tune.log" | tail -n 1)"
+}
+
 criterion() {
     [ -n "$gpu" ] || skip "no GPU"
     local one count=0
@@ -234,15 +250,16 @@ echo "effnetv2 at $EFFNETV2_COMMIT, for at most $total s"
 gpu=$("$program" devices 2>/dev/null | grep -m 1 '^GPU 0:')
 echo "${gpu:-no GPU: only what the CPU can do is run}"
 part devices 10
-part tests 90
+part tests 80
 part step 25
-part blocks 45
-part fusion 25
-part ops 25
+part blocks 40
+part fusion 20
+part ops 20
 part libraries 40
-part peers 130
+part peers 110
+part tune 50
 part sanitizer 60
-part criterion 25
+part criterion 20
 rm -f "$out/.note"
 
 quote() { printf '"%s"' "$(printf '%s' "$1" | sed 's/[\\"]/\\&/g' | tr -d '\000-\037')"; }

@@ -15,7 +15,7 @@ const COMPARED: usize = 1 << 20;
 /// A buffer of random numbers.
 pub(super) fn random<T: FusedElement>(device: &Device, length: usize, seed: u32) -> Result<CudaSlice<T>> {
     let pattern: Vec<T> = noise::<f32>(length.min(PATTERN), seed).into_iter().map(T::narrow).collect();
-    device.upload(&pattern.iter().copied().cycle().take(length).collect::<Vec<_>>())
+    device.repeat(&pattern, length)
 }
 
 /// The elements of a buffer that are compared.

@@ -303,7 +303,8 @@ impl DepthwiseShape {
     }
 }
 
-/// The plan for one convolution, input shape and element type. The same calls give the same bits, on any GPU.
+/// The plan for one convolution, input shape and element type. The same calls give the same bits, on any GPU unless a
+/// [tuning](super::tuning) chooses otherwise.
 #[derive(Debug)]
 pub struct Depthwise<T> {
     device: Device,

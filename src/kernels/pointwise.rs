@@ -8,7 +8,7 @@
 //! and bf16 where there are no more, or where 128 would leave fewer than 132 blocks for the GPU. Otherwise 128: the rows
 //! are then read, and what they owe is computed, half as often. Weight gradients are computed in tiles of 64 outputs × 128
 //! inputs, the pixels being cut so that there are about 528 blocks. All of it follows from the shape, so results are the
-//! same on every GPU.
+//! same on every GPU, unless a [tuning](super::tuning) chooses otherwise.
 //!
 //! Both gradients come of one launch. It reads what they are made of once ([`Passes::One`], `pointwise_one_pass`) where
 //! channels are few enough and that moves clearly fewer bytes, partial results and what column groups read again included;

@@ -234,14 +234,16 @@ pub struct Convolution {
 
 /// The usable ones of what a search found, the fastest first.
 macro_rules! usable {
-    ($found:expr, $count:expr, $bytes:expr, $kind:path) => {
-        // SAFETY: the library has written as many as it says.
-        (0..usize::try_from($count).unwrap_or(0))
-            .map(|i| unsafe { $found[i].assume_init() })
-            .filter(|one| one.status == sys::cudnnStatus_t::CUDNN_STATUS_SUCCESS && one.memory <= $bytes)
+    ($found:expr, $count:expr, $bytes:expr, $kind:path) => {{
+        let written = &$found[..usize::try_from($count).unwrap_or(0).min(ALGORITHMS)];
+        let all = written.iter().map(|one| {
+            // SAFETY: the library has written as many as it says.
+            unsafe { one.assume_init() }
+        });
+        all.filter(|one| one.status == sys::cudnnStatus_t::CUDNN_STATUS_SUCCESS && one.memory <= $bytes)
             .map(|one| Algorithm { kind: $kind(one.algo), math: one.mathType })
             .collect()
-    };
+    }};
 }
 
 impl Convolution {
@@ -263,14 +265,14 @@ impl Convolution {
         let (scratch, bytes) = (output(&mut *workspace, stream), workspace.len());
         let mut count = 0;
         let asked = ALGORITHMS as i32;
-        // SAFETY: in each arm all objects are alive, the descriptions are those of the buffers, whose lengths have been
-        // checked, what is written overlaps nothing else, and there is room for as many results as are asked for.
         let (status, algorithms): (_, Vec<Algorithm>) = match self.direction {
             Direction::Forward => {
                 type Found = MaybeUninit<sys::cudnnConvolutionFwdAlgoPerf_t>;
                 let mut found: [Found; ALGORITHMS] = [const { MaybeUninit::uninit() }; ALGORITHMS];
                 let from = (input(&tensors.x, stream), input(&tensors.weight, stream));
                 let to = output(&mut tensors.y, stream);
+                // SAFETY: all objects are alive, the descriptions are those of the buffers, whose lengths have been checked,
+                // what is written overlaps nothing else, and there is room for as many results as are asked for.
                 let status = unsafe {
                     sys::cudnnFindConvolutionForwardAlgorithmEx(
                         handle,
@@ -295,6 +297,7 @@ impl Convolution {
                 let mut found: [Found; ALGORITHMS] = [const { MaybeUninit::uninit() }; ALGORITHMS];
                 let from = (input(&tensors.weight, stream), input(&tensors.g, stream));
                 let to = output(&mut tensors.dx, stream);
+                // SAFETY: as above.
                 let status = unsafe {
                     sys::cudnnFindConvolutionBackwardDataAlgorithmEx(
                         handle,
@@ -319,6 +322,7 @@ impl Convolution {
                 let mut found: [Found; ALGORITHMS] = [const { MaybeUninit::uninit() }; ALGORITHMS];
                 let from = (input(&tensors.x, stream), input(&tensors.g, stream));
                 let to = output(&mut tensors.typed_dweight, stream);
+                // SAFETY: as above.
                 let status = unsafe {
                     sys::cudnnFindConvolutionBackwardFilterAlgorithmEx(
                         handle,
@@ -360,10 +364,10 @@ impl Convolution {
         let (scratch, bytes) = (output(&mut *workspace, stream), workspace.len());
         let (one, zero) = (1.0_f32, 0.0_f32);
         let [one, zero] = [&one, &zero].map(|value| (&raw const *value).cast::<c_void>());
-        // SAFETY: all objects are alive, the descriptions are those of the buffers, whose lengths have been checked, and what
-        // is written overlaps nothing else; scalars are read before the call returns; the workspace is as large as the
-        // algorithm was told, and all that uses it is on one stream.
         let status = match kind {
+            // SAFETY: all objects are alive, the descriptions are those of the buffers, whose lengths have been checked, and
+            // what is written overlaps nothing else; scalars are read before the call returns; the workspace is as large as
+            // the algorithm was told, and all that uses it is on one stream.
             Kind::Forward(kind) => unsafe {
                 let from = (input(&tensors.x, stream), input(&tensors.weight, stream));
                 let to = output(&mut tensors.y, stream);

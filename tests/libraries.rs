@@ -124,6 +124,17 @@ fn a_library_that_is_missing_is_told_in_a_line() {
 }
 
 #[test]
+fn a_limit_leaves_what_was_measured() {
+    let Some(fakes) = fakes() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let Some(outcome) = bench(folder.path(), fakes, "", &["--limit", "0"]) else { return };
+    assert_eq!(outcome.code, Some(0), "{}", outcome.err);
+    assert!(outcome.out.contains("convolutions: the time was over"), "{}", outcome.out);
+    // Whether a nanosecond has passed before the first or not.
+    assert!(report(folder.path()).results.len() <= 4);
+}
+
+#[test]
 fn the_cpu_runs_no_kernels() {
     let folder = tempfile::tempdir().unwrap();
     let outcome =

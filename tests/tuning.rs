@@ -148,6 +148,11 @@ fn a_file_is_written_extended_and_used() {
     assert!(out.contains("choices in tuning.json") && out.contains("ms by the rules"), "{out}");
     let path = here.join("tuning.json");
     let first = Tuning::read(&path).unwrap();
+    let out = succeed(
+        here,
+        &["bench", "tune", "nano", "--size", "32", "--limit", "0", "--out", "none.json", &host],
+    );
+    assert!(out.contains("only 0 of ") && out.contains("0 choices in none.json"), "{out}");
     let out = tune(here, &host, "32,40");
     let both = Tuning::read(&path).unwrap();
     assert!(first.launches.keys().all(|key| both.launches.contains_key(key)), "{out}");

@@ -192,19 +192,20 @@ ops() { bench ops --rounds 3; }
 # NVIDIA's own libraries beside ours, single convolutions.
 libraries() {
     [ -n "$gpu" ] || skip "no GPU"
-    local dtype code=0
-    for dtype in ${dtypes//,/ }; do
+    local dtype code=0 types
+    IFS=, read -ra types <<<"$dtypes"
+    for dtype in "${types[@]}"; do
         bash "$here/peers/libraries.sh" --python "$python" "$program" bench libraries --device cuda --dtype "$dtype" \
-            --rounds 3 --out "$out/libraries-$dtype" || code=1
+            --rounds 3 --round-seconds 0.01 --warm-up 0.02 --limit $((limit / ${#types[@]} - 8)) --out "$out/libraries-$dtype" || code=1
     done
-    say "$(grep -E '^(all calls|nothing can|cu[A-Za-z]* cannot)' "$out/libraries.log" | head -n 2 | paste -sd ';')"
+    say "$(grep -E '^(all calls|only|nothing can|cu[A-Za-z]* cannot)' "$out/libraries.log" | head -n 3 | paste -sd ';')"
     return $code
 }
 
 # Every way to launch a step's convolutions, all of which must agree; and a step with those that were the fastest.
 tune() {
     [ -n "$gpu" ] || skip "no GPU"
-    "$program" bench tune s --device cuda --rounds 3 --round-seconds 0.01 --warm-up 0.01 --out "$out/tuning.json" \
+    "$program" bench tune s --device cuda --rounds 3 --round-seconds 0.01 --warm-up 0.01 --limit $((limit - 20)) --out "$out/tuning.json" \
         --record "$out/tune.json" || return
     local less
     less=$(grep '^all of a step' "$out/tune.log")
@@ -255,8 +256,8 @@ part step 25
 part blocks 40
 part fusion 20
 part ops 20
-part libraries 40
-part peers 110
+part libraries 50
+part peers 100
 part tune 50
 part sanitizer 60
 part criterion 20

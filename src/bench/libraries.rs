@@ -26,6 +26,7 @@ use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 /// A convolution of a network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,6 +139,8 @@ pub struct LibraryResult {
     pub pass: Pass,
     /// The element type of tensors.
     pub dtype: Dtype,
+    /// How both were run: "graph" when they were replayed, "plain" else.
+    pub mode: String,
     /// Ours.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub time: Option<Milliseconds>,
@@ -378,22 +381,34 @@ impl<T: FusedElement> Bout<T> {
         let name = |(operation, &i): (&Operation, &usize)| operation.algorithms()[i].clone();
         result.algorithm = Some(operations.iter().zip(&algorithms).map(name).collect::<Vec<_>>().join(" + "));
         result.library = Some(operations[0].library().to_owned());
-        let theirs = operations.into_iter().zip(algorithms).collect();
-        let mut sides =
-            [None, Some(theirs)].map(|operations| Side { bout: Rc::clone(self), pass, operations });
+        let theirs: Rc<[_]> = operations.into_iter().zip(algorithms).collect();
+        let sides = || {
+            [None, Some(&theirs)].map(|operations| Side {
+                bout: Rc::clone(self),
+                pass,
+                operations: operations.map(Rc::clone),
+            })
+        };
         let count = self.sets.borrow().len() as f64;
         // Whatever is set up on first use cannot be recorded.
-        sides.iter_mut().try_for_each(Side::all)?;
-        let [ours, theirs] = if self.device.is_host() {
-            alternate(&self.device, effort, |i| sides[i].all())?
-        } else {
-            let [ours, theirs] = sides;
-            let mut graphs = [
-                Graph::record(&self.device, ours, Side::all)?,
-                Graph::record(&self.device, theirs, Side::all)?,
-            ];
-            alternate(&self.device, effort, |i| graphs[i].launch())?
+        sides().iter_mut().try_for_each(Side::all)?;
+        let record = |side| Graph::record(&self.device, side, Side::all);
+        let graphs = match self.device.is_host() {
+            true => None,
+            // A library may do what cannot be recorded: then both are called one by one.
+            false => match sides().map(record) {
+                [Ok(ours), Ok(theirs)] => Some([ours, theirs]),
+                _ => None,
+            },
         };
+        let (mode, [ours, theirs]) = match graphs {
+            Some(mut graphs) => ("graph", alternate(&self.device, effort, |i| graphs[i].launch())?),
+            None => {
+                let mut sides = sides();
+                ("plain", alternate(&self.device, effort, |i| sides[i].all())?)
+            }
+        };
+        result.mode = mode.into();
         let [ours, theirs] =
             [ours, theirs].map(|rounds| rounds.iter().map(|seconds| seconds / count).collect::<Vec<_>>());
         (result.time, result.library_time) = (Some(Milliseconds::of(&ours)), Some(Milliseconds::of(&theirs)));
@@ -406,7 +421,7 @@ impl<T: FusedElement> Bout<T> {
 struct Side<T> {
     bout: Rc<Bout<T>>,
     pass: Pass,
-    operations: Option<Vec<(Operation, usize)>>,
+    operations: Option<Rc<[(Operation, usize)]>>,
 }
 
 impl<T: FusedElement> Side<T> {
@@ -417,7 +432,7 @@ impl<T: FusedElement> Side<T> {
             match &self.operations {
                 None => plan.run(device, self.pass, set)?,
                 Some(operations) => {
-                    for (operation, algorithm) in operations {
+                    for (operation, algorithm) in operations.iter() {
                         operation.run(*algorithm, &mut set.tensors)?;
                     }
                 }
@@ -436,8 +451,10 @@ pub struct Settings {
     pub size: usize,
     /// Its layers.
     pub layers: Vec<Layer>,
-    /// How long to take.
+    /// How long to take for a figure.
     pub effort: Effort,
+    /// How long to take in all: no layer is begun afterwards.
+    pub limit: Duration,
 }
 
 /// Measures all layers on `device` for which there is a library; `done` is called after each. What fails in one pass is told in its result.
@@ -451,8 +468,11 @@ pub fn run<T: FusedElement>(
     mut done: impl FnMut(),
 ) -> Result<Vec<LibraryResult>> {
     let cache = if device.is_host() { 0 } else { device.gpu().cache };
-    let mut results = Vec::new();
+    let (start, mut results) = (Instant::now(), Vec::new());
     for layer in settings.layers.iter().filter(|layer| libraries.has(layer.conv.kind)) {
+        if start.elapsed() > settings.limit {
+            break;
+        }
         let bout = Rc::new(Bout::<T>::new(device, layer, cache)?);
         for &pass in Pass::of(layer.conv.kind) {
             let mut result = LibraryResult {
@@ -464,6 +484,7 @@ pub fn run<T: FusedElement>(
                 calls: layer.calls,
                 pass,
                 dtype: T::DTYPE,
+                mode: "plain".into(),
                 time: None,
                 library: None,
                 algorithm: None,

@@ -13,6 +13,8 @@ use crate::report::table::Column;
 use crate::tensor::Dtype;
 use crate::train::progressive::check_side;
 use half::{bf16, f16};
+use std::cell::Cell;
+use std::time::Duration;
 
 /// Single convolutions of a network by our kernels and by NVIDIA's libraries, in turns: pointwise ones by cuBLASLt, dense
 /// and depthwise ones by cuDNN, each by the fastest of its algorithms that computes the same.
@@ -28,6 +30,9 @@ pub(super) struct Args {
     /// Side of the images in pixels [default: that of the network's training].
     #[arg(long, value_name = "PIXELS")]
     size: Option<usize>,
+    /// Seconds after which no convolution is begun [default: none].
+    #[arg(long, value_name = "SECONDS")]
+    limit: Option<u32>,
     #[command(flatten)]
     common: Common,
 }
@@ -55,8 +60,14 @@ pub(super) fn run(args: &Args) -> Result<()> {
         effort.rounds
     )?;
     let bar = bar(layers.len(), "convolutions");
-    let settings = Settings { model: name.clone(), size, layers, effort };
-    let done = || bar.inc(1);
+    let limit = args.limit.map_or(Duration::MAX, |seconds| Duration::from_secs(seconds.into()));
+    let count = layers.len();
+    let settings = Settings { model: name.clone(), size, layers, effort, limit };
+    let measured = Cell::new(0);
+    let done = || {
+        measured.set(measured.get() + 1);
+        bar.inc(1);
+    };
     let results = match dtype {
         Dtype::F32 => measure::<f32>(&device, &libraries, &settings, done),
         Dtype::F16 => measure::<f16>(&device, &libraries, &settings, done),
@@ -64,6 +75,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }?;
     bar.finish_and_clear();
     print(&results)?;
+    if measured.get() < count {
+        say!("only {} of {count} convolutions: the time was over", measured.get())?;
+    }
     let chart = chart(&results, &site);
     site.leave(results, &chart)
 }

@@ -20,6 +20,7 @@ use crate::{Error, Result};
 use half::{bf16, f16};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// Measure every way to launch the convolutions of a training step, and write down which are the fastest on this GPU.
 ///
@@ -44,6 +45,9 @@ pub(super) struct Args {
     /// Also write all figures there, as JSON.
     #[arg(long, value_name = "FILE")]
     record: Option<PathBuf>,
+    /// Seconds after which no launch is begun [default: none].
+    #[arg(long, value_name = "SECONDS")]
+    limit: Option<u32>,
     /// Rounds; their median counts.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     rounds: u32,
@@ -75,6 +79,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let network = Network::new(architecture.network(1000));
     let machine = Machine::of(&device);
     let mut results: Vec<TuneResult> = Vec::new();
+    let start = Instant::now();
+    let is_over = || args.limit.is_some_and(|limit| start.elapsed().as_secs() >= limit.into());
     for size in sizes {
         let mut planner = Planner::new(dtype);
         let (images, dropout) = (args.batch as usize, architecture.dropout);
@@ -92,6 +98,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
         let bar = bar(count, "launches");
         let mut measured = Vec::new();
         for candidate in &candidates {
+            if is_over() {
+                break;
+            }
             measured.push(match dtype {
                 Dtype::F32 => measure::<f32>(&device, candidate, effort),
                 Dtype::F16 => measure::<f16>(&device, candidate, effort),
@@ -101,6 +110,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
         }
         bar.finish_and_clear();
         print(&measured)?;
+        if measured.len() < count {
+            say!("only {} of {count} launches: the time was over", measured.len())?;
+        }
         enter(&mut tuning, &measured);
         // After each size, so that whoever stops this has what was measured until then.
         tuning.write(&args.out)?;

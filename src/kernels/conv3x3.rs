@@ -1,8 +1,9 @@
-//! The dense 3×3 convolution as implicit GEMM on tensor cores. Formulas, shapes and bytes are in `kernels/conv3x3.cu`. The
-//! first layer, which has 3 inputs, is [`Stem`](super::stem::Stem).
+//! The dense 3×3 convolution on tensor cores. Formulas, shapes and bytes are in `kernels/conv3x3.cu`. The first layer, which
+//! has 3 inputs, is [`Stem`](super::stem::Stem).
 //!
-//! What it reads is stored plainly, as block outputs are: padding is zero after whatever is applied on load, and a value is
-//! loaded nine times.
+//! With stride 1, f16 and bf16 are computed on spatial tiles of images, whose halo is loaded once; everything else, and small
+//! images, as an implicit product, which loads a value once for each tap that it lies under. What is read is stored plainly,
+//! as block outputs are: padding is zero after whatever is applied on load.
 
 use super::conv_tile::{self, BOUNDS, Columns, ConvTiles};
 use super::gemm::{FastDivisor, Grid, RUNS, THREADS, Tile, WeightGrid, step_elements};
@@ -603,7 +604,7 @@ fn plain<'a, 'b, T>(x: Input<'a, 'b, T>) -> Result<&'a CudaView<'b, T>> {
     match x {
         Input::Plain(x) => Ok(x),
         Input::Silu { .. } | Input::Gated { .. } => {
-            let problem = "its input must be stored plainly: it would be transformed nine times".into();
+            let problem = "its input must be stored plainly: it would be transformed for each tap".into();
             Err(Error::Shape { operation: OPERATION, problem })
         }
     }

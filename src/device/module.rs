@@ -49,8 +49,6 @@ pub struct Kernel {
     pub(super) function: CudaFunction,
     pub(super) monitor: Arc<Monitor>,
     context: Arc<CudaContext>,
-    /// Bytes of dynamic shared memory that launches may ask for, of all clones.
-    allowed: Arc<Mutex<u32>>,
 }
 
 /// What a kernel takes of a multiprocessor.
@@ -85,7 +83,6 @@ impl Module {
                 function,
                 monitor: device.monitor().clone(),
                 context: device.context().clone(),
-                allowed: Arc::default(),
             })
         };
         // Loading a module has bound the context to this thread, which looking up functions relies on.
@@ -138,8 +135,8 @@ impl Kernel {
         })
     }
 
-    /// Lets launches ask for up to `bytes` of dynamic shared memory, or for more if that has been allowed before, as another
-    /// plan may need it; 48 KB without this.
+    /// Lets launches ask for up to `bytes` of dynamic shared memory; 48 KB without this. What was allowed before stays so, to
+    /// whomever: the kernel may be planned for several shapes.
     ///
     /// # Errors
     /// [`Error::Driver`] when that is more than the GPU has.
@@ -147,13 +144,14 @@ impl Kernel {
         let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         let value = i32::try_from(bytes).unwrap_or(i32::MAX);
         let doing = || format!("give the kernel `{}` {bytes} bytes of shared memory", self.entry.name);
-        let mut allowed = self.allowed.lock().unwrap_or_else(PoisonError::into_inner);
-        if bytes > *allowed {
-            self.context.bind_to_thread().doing(doing)?;
-            self.function.set_attribute(attribute, value).doing(doing)?;
-            *allowed = bytes;
+        // The driver keeps what was set last, so looking and setting are one for all threads.
+        static RAISING: Mutex<()> = Mutex::new(());
+        let _raising = RAISING.lock().unwrap_or_else(PoisonError::into_inner);
+        self.context.bind_to_thread().doing(doing)?;
+        if self.function.get_attribute(attribute).doing(doing)? >= value {
+            return Ok(());
         }
-        Ok(())
+        self.function.set_attribute(attribute, value).doing(doing)
     }
 }
 

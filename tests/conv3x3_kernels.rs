@@ -319,7 +319,7 @@ fn every_layout_of_strips_is_exact() {
 
 /// The same of spatial tiles, of which there are more than 512 runs of fprop and twice 1024 blocks of dgrad.
 #[test]
-fn blocks_walk_over_several_spatial_tiles() {
+fn many_spatial_tiles_are_exact() {
     let Some(device) = device() else { return };
     let conv = dense(1, Padding::Same, 8, 8);
     let images = (2048, 12, 12);

@@ -9,10 +9,10 @@
 //   dweight[o, kh, kw, i]  += sum over n, oh, ow of dy[n, oh, ow, o] x[n, s oh + kh - pad_top, s ow + kw - pad_left, i]
 //   dx[n, ih, iw, i]        = skip + sum over o and the kh, kw that reach ih, iw of dy[n, oh, ow, o] weight[o, kh, kw, i]
 //
-// The mainloop is gemm.cuh: 128 x 128 (wide), 128 x 64 (narrow), 128 x 32 (slim) or, for dweight, 64 x 128 tiles; f16 and bf16 on
-// tensor cores, f32 in plain arithmetic. Nothing is lowered in memory: the loaders below gather what lies under the kernel,
-// 16 bytes of a pixel's channels at a time. Each direction is 18 * outputs * inputs operations for each pixel of y. Blocks
-// have 256 threads, slim ones 128.
+// The mainloop is gemm.cuh but for dweight in f16 and bf16: 128 x 128 (wide), 128 x 64 (narrow), 128 x 32 (slim) or, for dweight
+// in f32, 64 x 128 tiles; f16 and bf16 on tensor cores, f32 in plain arithmetic. Nothing is lowered in memory: the loaders
+// below gather what lies under the kernel, 16 bytes of a pixel's channels at a time. Each direction is 18 * outputs * inputs
+// operations for each pixel of y. Blocks have 256 threads, slim ones 128.
 //
 // conv3x3_fprop: rows are pixels of y, k is (kh, kw, i), as it lies in the weights. Stores y as ForwardOutput says: with the
 //   moments of batch norm, or folded for inference. Grid runs * groups as in GemmGrid, groups of `bn` outputs. Least bytes: x,
@@ -20,9 +20,16 @@
 // conv3x3_dgrad: rows are pixels of x, k is (tap, o). With stride 2 the pixels of x are four classes, by whether row and column
 //   are odd, that are reached by 1, 2, 2 and 4 taps: four products in one launch, no tap of which is a zero. Grid the sum
 //   over classes of runs * groups, groups of `bn` inputs. Least bytes: g, y, weight and dx once, skip if any.
-// conv3x3_wgrad: rows are outputs, columns (kh, kw, i), k are pixels of y. Grid splits * tiles as in WeightGrid. Least bytes: g,
-//   y, x and twice dweight; with splits their partial tiles.
+// conv3x3_wgrad_f32: rows are outputs, columns (kh, kw, i), k are pixels of y. Grid splits * tiles as in WeightGrid. Least
+//   bytes: g, y, x and twice dweight; with splits their partial tiles.
+// conv3x3_wgrad_24, _32, _40 (inputs of a warp) _s1, _s2 (the stride), f16 and bf16: not as a product of gathered rows, but
+//   down strips of the image, all nine taps of a tile of outputs and inputs at once: conv_strips.cuh. Grid splits * tiles,
+//   blocks of 384, 256 and 256 threads. Least bytes: g, y, x, and the partial tiles of all splits.
+// conv3x3_wgrad_sum: adds those to dweight. Grid: fragments of 16 outputs x 8 inputs of all tiles and taps, blocks of 256
+//   threads. Least bytes: the partial tiles and twice dweight.
 
+#include "include/conv_halo.cuh"
+#include "include/conv_strips.cuh"
 #include "include/gemm_epilogue.cuh"
 #include "include/gemm_operands.cuh"
 #include "include/gemm_weight.cuh"
@@ -279,6 +286,52 @@ __device__ __forceinline__ void dgrad(const T* g, const T* y, const float* owed,
     gemm<Tile, Major::k, Major::rows>(rows, columns, walk, epilogue);
 }
 
+/// A block's spatial tiles.
+__device__ __forceinline__ ConvWalk tile_walk(const ConvTiles& tiles, const GemmGrid& grid, unsigned bn) {
+    const unsigned first = grid.run() * grid.tiles;
+    return {first, min(grid.tiles, tiles.count() - first), grid.group() * bn};
+}
+
+template <class Tile, class T>
+__device__ __forceinline__ void fprop_tiles(const T* x, const T* weight, const ForwardOutput<T>& to,
+                                            const ConvTiles& tiles, unsigned inputs, unsigned outputs,
+                                            const GemmGrid& grid, const NormFinish& norm, float* partial,
+                                            unsigned* counters) {
+    using Memory = ConvMemory<Tile, Direction::forward>;
+    const ConvWalk walk = tile_walk(tiles, grid, Tile::bn);
+    const unsigned pixels = tiles.images * tiles.height * tiles.width;
+    ForwardEpilogue<Tile> epilogue(to, pixels, outputs, dynamic_shared<float>(Memory::pivots));
+    convolve<Tile, Direction::forward>(PlainHalo<T>{x, inputs}, weight, outputs, tiles, walk, epilogue);
+    if (!to.moments) return;
+    // A warp counts its own rows; the table is not needed any more, after the barriers of the last steps.
+    static_assert(Tile::wm == 64 && Tile::warps_n == 1, "two rows for a lane");
+    unsigned alive = 0;
+    for (unsigned t = walk.first; t < walk.first + walk.count; ++t) {
+        const ConvTile tile = tiles.tile(t);
+#pragma unroll
+        for (unsigned r = 0; r < 2; ++r) alive += tiles.row_pixel(tile, 2 * threadIdx.x + r) != no_pixel ? 1 : 0;
+    }
+#pragma unroll
+    for (unsigned offset = 16; offset != 0; offset /= 2) alive += __shfl_xor_sync(0xffffffffu, alive, int(offset));
+    unsigned* const counts = dynamic_shared<unsigned>(Memory::table);
+    if (threadIdx.x % 32 == 0) counts[threadIdx.x / 32] = alive;
+    epilogue.finish(grid, partial, counters, norm, [&](unsigned w) { return counts[w]; },
+                    [&](unsigned r) {
+                        const unsigned first = r * grid.tiles, end = min(first + grid.tiles, tiles.count());
+                        return tiles.pixels_before(end) - tiles.pixels_before(first);
+                    });
+}
+
+template <class Tile, class T>
+__device__ __forceinline__ void dgrad_tiles(const T* g, const T* y, const float* owed, const T* weight, const T* skip,
+                                            T* dx, const ConvTiles& tiles, unsigned inputs, unsigned outputs,
+                                            const GemmGrid& grid) {
+    const unsigned pixels = tiles.images * tiles.height * tiles.width;
+    GradientEpilogue<Tile, 2> epilogue(GradientTarget<T>{dx, skip, nullptr, nullptr}, pixels, inputs);
+    convolve<Tile, Direction::backward>(OwingHalo<T>{g, y, owed, outputs}, weight, inputs, tiles,
+                                        tile_walk(tiles, grid, Tile::bn), epilogue);
+}
+
 template <class Tile, class T>
 __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed, const T* x, float* dweight,
                                       const ConvShape& shape, unsigned outputs, const WeightGrid& grid, float* partial,
@@ -313,6 +366,14 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
     EFFNETV2_KERNEL(conv3x3_fprop_##suffix)                                                                  \
     EFFNETV2_KERNEL(conv3x3_dgrad_##suffix)
 
+/// By the inputs of a warp and the stride.
+#define EFFNETV2_CONV3X3_STRIPS(inputs, stride, threads, suffix, T)                                          \
+    extern "C" __global__ void __launch_bounds__(threads, 1) conv3x3_wgrad_##inputs##_s##stride##_##suffix(  \
+        const T* g, const T* y, const float* owed, const T* x, float* partial, const StripShape shape) {     \
+        strip_wgrad<T, stride, inputs / 8>(g, y, owed, x, partial, shape);                                   \
+    }                                                                                                        \
+    EFFNETV2_KERNEL(conv3x3_wgrad_##inputs##_s##stride##_##suffix)
+
 #define EFFNETV2_CONV3X3_WGRAD(suffix, T)                                                                    \
     extern "C" __global__ void __launch_bounds__(Weights<T>::threads, 2)                                     \
         conv3x3_wgrad_##suffix(const T* g, const T* y, const float* owed, const T* x, float* dweight,        \
@@ -322,6 +383,33 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
     }                                                                                                        \
     EFFNETV2_KERNEL(conv3x3_wgrad_##suffix)
 
+#define EFFNETV2_CONV3X3_FPROP_TILES(suffix, T, columns, blocks)                                             \
+    extern "C" __global__ void __launch_bounds__(128, blocks) conv3x3_fprop_tiles##columns##_##suffix(       \
+        const T* x, const T* weight, T* y, const float* bias, const T* skip, float* partial,                 \
+        unsigned* counters, const NormFinish norm, const ConvTiles tiles, unsigned inputs, unsigned outputs, \
+        unsigned silu, unsigned moments, const GemmGrid grid) {                                              \
+        fprop_tiles<ConvTileOf<T, columns>>(x, weight, ForwardOutput<T>{y, bias, skip, silu, moments},       \
+                                            tiles, inputs, outputs, grid, norm, partial, counters);          \
+    }                                                                                                        \
+    EFFNETV2_KERNEL(conv3x3_fprop_tiles##columns##_##suffix)
+
+#define EFFNETV2_CONV3X3_DGRAD_TILES(suffix, T, columns, blocks)                                             \
+    extern "C" __global__ void __launch_bounds__(128, blocks) conv3x3_dgrad_tiles##columns##_##suffix(       \
+        const T* g, const T* y, const float* owed, const T* weight, const T* skip, T* dx,                    \
+        const ConvTiles tiles, unsigned inputs, unsigned outputs, const GemmGrid grid) {                     \
+        dgrad_tiles<ConvTileOf<T, columns>>(g, y, owed, weight, skip, dx, tiles, inputs, outputs, grid);     \
+    }                                                                                                        \
+    EFFNETV2_KERNEL(conv3x3_dgrad_tiles##columns##_##suffix)
+
+#define EFFNETV2_CONV3X3_TILES(suffix, T)              \
+    EFFNETV2_CONV3X3_FPROP_TILES(suffix, T, 32, 4)     \
+    EFFNETV2_CONV3X3_FPROP_TILES(suffix, T, 64, 2)     \
+    EFFNETV2_CONV3X3_DGRAD_TILES(suffix, T, 32, 4)     \
+    EFFNETV2_CONV3X3_DGRAD_TILES(suffix, T, 48, 3)     \
+    EFFNETV2_CONV3X3_DGRAD_TILES(suffix, T, 64, 2)
+
+EFFNETV2_CONV3X3_TILES(f16, f16)
+EFFNETV2_CONV3X3_TILES(bf16, bf16)
 EFFNETV2_CONV3X3(narrow_f32, float, Narrow)
 EFFNETV2_CONV3X3(narrow_f16, f16, Narrow)
 EFFNETV2_CONV3X3(narrow_bf16, bf16, Narrow)
@@ -330,5 +418,21 @@ EFFNETV2_CONV3X3(wide_bf16, bf16, Wide)
 EFFNETV2_CONV3X3(slim_f16, f16, Slim)
 EFFNETV2_CONV3X3(slim_bf16, bf16, Slim)
 EFFNETV2_CONV3X3_WGRAD(f32, float)
-EFFNETV2_CONV3X3_WGRAD(f16, f16)
-EFFNETV2_CONV3X3_WGRAD(bf16, bf16)
+EFFNETV2_CONV3X3_STRIPS(24, 1, 384, f16, f16)
+EFFNETV2_CONV3X3_STRIPS(24, 2, 384, f16, f16)
+EFFNETV2_CONV3X3_STRIPS(32, 1, 256, f16, f16)
+EFFNETV2_CONV3X3_STRIPS(32, 2, 256, f16, f16)
+EFFNETV2_CONV3X3_STRIPS(40, 1, 256, f16, f16)
+EFFNETV2_CONV3X3_STRIPS(40, 2, 256, f16, f16)
+EFFNETV2_CONV3X3_STRIPS(24, 1, 384, bf16, bf16)
+EFFNETV2_CONV3X3_STRIPS(24, 2, 384, bf16, bf16)
+EFFNETV2_CONV3X3_STRIPS(32, 1, 256, bf16, bf16)
+EFFNETV2_CONV3X3_STRIPS(32, 2, 256, bf16, bf16)
+EFFNETV2_CONV3X3_STRIPS(40, 1, 256, bf16, bf16)
+EFFNETV2_CONV3X3_STRIPS(40, 2, 256, bf16, bf16)
+
+extern "C" __global__ void __launch_bounds__(256) conv3x3_wgrad_sum(const float* partial, float* dweight,
+                                                                    const StripShape shape, unsigned fragments) {
+    sum_strips(partial, dweight, shape, fragments);
+}
+EFFNETV2_KERNEL(conv3x3_wgrad_sum)

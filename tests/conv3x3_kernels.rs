@@ -20,6 +20,7 @@ use effnetv2::tensor::{Conv, ConvKind, Dtype, Padding, Real, Shape};
 use elements::{EPSILON, Sample, unwritten, wide, written};
 use half::{bf16, f16};
 use proptest::prelude::*;
+use std::collections::BTreeSet;
 
 type Images = (usize, usize, usize);
 
@@ -142,9 +143,50 @@ const SHAPES: [(Images, usize, usize); 11] = [
     ((1, 37, 41), 8, 8),
 ];
 
+/// The same where f16 and bf16 with stride 1 are computed on spatial tiles: chunks of channels begun, half and full; whole
+/// tiles, the largest halo, tiles beyond the right and the lower edge, several images; and so many columns that groups and
+/// fragments are begun.
+const TILED: [(Images, usize, usize); 11] = [
+    ((1, 16, 16), 8, 24),
+    ((2, 16, 16), 48, 64),
+    ((1, 14, 22), 64, 16),
+    ((1, 2, 94), 24, 8),
+    ((1, 90, 2), 8, 48),
+    ((3, 13, 25), 24, 24),
+    ((1, 14, 37), 16, 72),
+    ((1, 25, 18), 72, 40),
+    ((2, 12, 12), 200, 32),
+    ((1, 19, 20), 48, 192),
+    ((1, 13, 19), 192, 48),
+];
+
+fn is_tiled(conv: &Conv, (n, h, w): Images) -> bool {
+    let shape = Conv3x3Shape::new(conv, Shape::new(n, h, w, conv.inputs)).unwrap();
+    let kernels = [shape.fprop_work(Dtype::F16, OutputKind::Plain), shape.dgrad_work(Dtype::F16, false)];
+    let tiled = kernels.map(|work| work.kernel.contains("tiles"));
+    assert_eq!(tiled[0], tiled[1], "{conv:?} of {h} x {w}");
+    tiled[0]
+}
+
+/// What is tiled, and the least image of all squares that is.
+#[test]
+fn tiles_are_taken_where_they_are_filled() {
+    for (images, inputs, outputs) in TILED {
+        assert!(is_tiled(&dense(1, Padding::Same, inputs, outputs), images), "{images:?}");
+        assert!(!is_tiled(&dense(2, Padding::Same, inputs, outputs), images), "{images:?}");
+    }
+    let square = |side| is_tiled(&dense(1, Padding::Same, 64, 64), (256, side, side));
+    assert_eq!((square(11), square(12), square(150)), (false, true, true));
+    let shape = Conv3x3Shape::new(&dense(1, Padding::Same, 64, 64), Shape::new(2, 16, 16, 64)).unwrap();
+    assert!(shape.dgrad_work(Dtype::F32, false).kernel.contains("narrow"));
+}
+
 fn any_conv() -> impl Strategy<Value = (Conv, Images)> {
     let shapes = prop_oneof![
         prop::sample::select(SHAPES.to_vec()),
+        prop::sample::select(TILED.to_vec()),
+        ((1_usize..3, 11_usize..40, 11_usize..40), 1_usize..7, 1_usize..7)
+            .prop_map(|(images, inputs, outputs)| (images, 8 * inputs, 8 * outputs)),
         ((1_usize..4, 1_usize..14, 1_usize..14), 1_usize..8, 1_usize..10)
             .prop_map(|(images, inputs, outputs)| (images, 8 * inputs, 8 * outputs)),
     ];
@@ -218,34 +260,93 @@ fn integers_are_exact() {
     }
 }
 
+#[test]
+fn integers_are_exact_on_tiles() {
+    let Some(device) = device() else { return };
+    let epilogues = [Epilogue::Moments, Epilogue::Plain, Epilogue::Folded(Activation::Identity)];
+    for (turn, (images, inputs, outputs)) in TILED.into_iter().enumerate() {
+        let conv = dense(1, Padding::Same, inputs, outputs);
+        match turn % 2 {
+            0 => exact::<f16>(&device, conv, images, epilogues[turn % 3], turn % 4 == 0),
+            _ => exact::<bf16>(&device, conv, images, epilogues[turn % 3], turn % 4 == 1),
+        }
+    }
+}
+
 /// More row tiles than runs, so that a block has several and walks over the ends of images; and so many pixels that the
 /// weights' gradient is added up in two rounds.
 #[test]
 fn blocks_walk_over_several_tiles() {
     let Some(device) = device() else { return };
-    let conv = dense(1, Padding::Same, 8, 8);
-    let images = (1, 260, 257);
-    let shape = Conv3x3Shape::new(&conv, Shape::new(1, 260, 257, 8)).unwrap();
+    let conv = dense(2, Padding::Same, 8, 8);
+    let images = (1, 520, 514);
+    let shape = Conv3x3Shape::new(&conv, Shape::new(1, 520, 514, 8)).unwrap();
     let tiles = (260_u32 * 257).div_ceil(128);
     let grid = |work: effnetv2::kernels::Work| work.grid[0];
     assert!(grid(shape.fprop_work(Dtype::Bf16, OutputKind::Moments)) < tiles);
-    assert!(grid(shape.dgrad_work(Dtype::Bf16, false)) < tiles);
-    assert!(grid(shape.wgrad_work(Dtype::Bf16)) > 16);
+    assert!(grid(shape.dgrad_work(Dtype::Bf16, false)) < 4 * tiles);
+    assert!(grid(shape.wgrad_work(Dtype::F32).remove(0)) > 16);
+    assert!(grid(shape.wgrad_work(Dtype::Bf16).remove(0)) > 8);
+    exact::<f32>(&device, conv, images, Epilogue::Plain, false);
     exact::<bf16>(&device, conv, images, Epilogue::Moments, true);
 }
 
-/// A mean two hundred times the deviation: what `Norm::check` allows depends on the range of values alone.
+/// The gradient of the weights in 16 bits has a kernel for each stride and number of inputs of a warp: all of them, with tiles
+/// of several warps along inputs and outputs, several teams, strips entered in their middle, and several tiles.
+#[test]
+fn every_layout_of_strips_is_exact() {
+    let Some(device) = device() else { return };
+    let mut kernels = BTreeSet::new();
+    for (inputs, outputs) in
+        [(24, 24), (24, 208), (48, 104), (96, 40), (32, 40), (64, 72), (40, 40), (80, 72)]
+    {
+        for (stride, padding, images) in [
+            (1, Padding::Same, (2, 21, 19)),
+            (2, Padding::Same, (2, 26, 35)),
+            (2, Padding::Symmetric, (1, 38, 37)),
+        ] {
+            let conv = dense(stride, padding, inputs, outputs);
+            let (n, h, w) = images;
+            let works =
+                Conv3x3Shape::new(&conv, Shape::new(n, h, w, inputs)).unwrap().wgrad_work(Dtype::Bf16);
+            kernels.insert(works[0].kernel.clone());
+            exact::<bf16>(&device, conv, images, Epilogue::Plain, false);
+        }
+    }
+    let names = |inputs| [1, 2].map(|stride| format!("conv3x3_wgrad_{inputs}_s{stride}_bf16"));
+    assert_eq!(kernels, [24, 32, 40].into_iter().flat_map(names).collect());
+}
+
+/// The same of spatial tiles, of which there are more than 512 runs of fprop and twice 1024 blocks of dgrad.
+#[test]
+fn blocks_walk_over_several_spatial_tiles() {
+    let Some(device) = device() else { return };
+    let conv = dense(1, Padding::Same, 8, 8);
+    let images = (2048, 12, 12);
+    let shape = Conv3x3Shape::new(&conv, Shape::new(2048, 12, 12, 8)).unwrap();
+    let grid = |work: effnetv2::kernels::Work| work.grid[0];
+    assert_eq!(grid(shape.fprop_work(Dtype::Bf16, OutputKind::Moments)), 512);
+    assert_eq!(grid(shape.dgrad_work(Dtype::Bf16, false)), 1024);
+    exact::<bf16>(&device, conv, images, Epilogue::Moments, true);
+}
+
+/// A mean hundreds of times the deviation: what `Norm::check` allows depends on the range of values alone.
 #[test]
 fn moments_survive_a_large_mean() {
-    let Some(device) = device() else { return };
-    let conv = dense(2, Padding::Same, 8, 24);
-    let mut case = Case::<f32>::random(conv, (4, 21, 30), 5);
-    // The middle tap alone, which is never outside.
-    for (i, w) in case.weight.iter_mut().enumerate() {
-        *w = if i / 8 % 9 == 4 { 1.0 } else { 0.0 };
+    fn check<T: Sample>(device: &Device, stride: usize, images: Images, mean: f32) {
+        let conv = dense(stride, Padding::Same, 8, 24);
+        let mut case = Case::<T>::random(conv, images, 5);
+        // The middle tap alone, which is never outside, and the first input.
+        for (i, w) in case.weight.iter_mut().enumerate() {
+            *w = T::of(if i % 72 == 32 { 1.0 } else { 0.0 });
+        }
+        case.x.iter_mut().for_each(|x| *x = T::of(mean + x.wide() as f32 / 2.0));
+        on_device(device, &case, Epilogue::Moments, false);
     }
-    case.x.iter_mut().for_each(|x| *x = 200.0 + *x / 2.0);
-    on_device(&device, &case, Epilogue::Moments, false);
+    let Some(device) = device() else { return };
+    check::<f32>(&device, 2, (4, 21, 30), 200.0);
+    // Tiles of 14 x 13 pixels, of which the last has 11 columns: the first row of two of its warps is outside.
+    check::<f16>(&device, 1, (2, 14, 37), 2000.0);
 }
 
 /// ⟨conv x, y⟩ = ⟨x, dgrad y⟩ = ⟨w, wgrad⟩, to the rounding of those sums.
@@ -278,16 +379,18 @@ fn directions_are_adjoint() {
 #[test]
 fn results_repeat_bit_for_bit() {
     let Some(device) = device() else { return };
-    let run = |seed| {
-        if let Some(control) = device.host_control() {
-            control.shuffle(seed);
-        }
-        let case = Case::<bf16>::random(dense(2, Padding::Same, 24, 136), (3, 19, 22), 4);
-        on_device(&device, &case, Epilogue::Moments, true)
-    };
-    let first = run(0);
-    assert!(first == run(1));
-    assert!(first == run(2));
+    for stride in [1, 2] {
+        let run = |seed| {
+            if let Some(control) = device.host_control() {
+                control.shuffle(seed);
+            }
+            let case = Case::<bf16>::random(dense(stride, Padding::Same, 24, 136), (3, 19, 22), 4);
+            on_device(&device, &case, Epilogue::Moments, true)
+        };
+        let first = run(0);
+        assert!(first == run(1));
+        assert!(first == run(2));
+    }
 }
 
 #[test]
@@ -404,7 +507,10 @@ fn costs_are_counted() {
     let pixels = 256 * 75 * 75;
     let (x, y, weights) = (48 * pixels, 192 * pixels, 9 * 48 * 192);
     let work = shape.fprop_work(Dtype::Bf16, OutputKind::Plain);
-    assert_eq!((work.kernel.as_str(), work.cost.bytes), ("conv3x3_fprop_narrow_bf16", 2 * (x + y + weights)));
+    assert_eq!(
+        (work.kernel.as_str(), work.cost.bytes),
+        ("conv3x3_fprop_tiles64_bf16", 2 * (x + y + weights))
+    );
     assert_eq!(work.cost.tensor_operations, 2 * pixels * weights);
     let moments = shape.fprop_work(Dtype::Bf16, OutputKind::Moments);
     let runs = u64::from(moments.grid[0]) / 3;
@@ -414,9 +520,15 @@ fn costs_are_counted() {
     assert_eq!(folded.cost.bytes, work.cost.bytes + 2 * y + 4 * 192);
     let dgrad = shape.dgrad_work(Dtype::Bf16, true);
     assert_eq!(dgrad.cost.bytes, 2 * (2 * y + 2 * x + weights) + 4 * 3 * 192);
-    let wgrad = shape.wgrad_work(Dtype::Bf16);
+    let [wgrad, sum] = shape.wgrad_work(Dtype::Bf16).try_into().unwrap();
+    let partial = u64::from(wgrad.grid[0]) * 96 * 9 * 48;
+    assert_eq!((wgrad.kernel.as_str(), wgrad.grid), ("conv3x3_wgrad_24_s1_bf16", [132, 1, 1]));
+    assert_eq!(wgrad.cost.bytes, 2 * (2 * y + x) + 4 * (partial + 3 * 192));
+    assert_eq!(wgrad.cost.tensor_operations, 2 * pixels * weights);
+    assert_eq!((sum.kernel.as_str(), sum.cost.bytes), ("conv3x3_wgrad_sum", 4 * (partial + 2 * weights)));
+    let [wgrad] = shape.wgrad_work(Dtype::F32).try_into().unwrap();
     let partial = u64::from(wgrad.grid[0]) * 64 * 128;
-    assert_eq!(wgrad.cost.bytes, 2 * (2 * y + x) + 4 * (partial + 2 * weights + 3 * 192));
+    assert_eq!(wgrad.cost.bytes, 4 * (2 * y + x) + 4 * (partial + 2 * weights + 3 * 192));
 }
 
 #[test]

@@ -43,8 +43,8 @@
 //     void store(unsigned row, unsigned column, float (&x)[8], const Extra&);
 //
 // for row and column in C, by all lanes of a warp together, also where they are outside: the epilogue checks. In all tiles
-// of a block a thread has the same columns, first_column + GemmThread<Tile>::column .. + 7, so sums over rows stay in
-// registers, and gemm_column_sums adds them up over the block at the end, in a fixed order.
+// of a block a thread has the same columns, first_column + GemmThread<Tile>::column .. + 7, if a warp has a power of two of
+// them; so sums over rows stay in registers, and gemm_column_sums adds them up over the block at the end, in a fixed order.
 //
 // Shared memory is free of bank conflicts: pieces of 16 bytes are swizzled by XOR with their row.
 #pragma once
@@ -320,20 +320,19 @@ __device__ __forceinline__ void multiply(const typename Tile::T* a, const typena
     }
 }
 
-/// Hands the tile whose first row is `first_row` to the epilogue, turn_rows rows of a warp at a time.
-template <class Tile, class Epilogue>
+/// Hands a tile to the epilogue, turn_rows rows of a warp at a time; row r of the tile is `row_of(r)` there.
+template <class Tile, class Epilogue, class RowOf>
 __device__ __forceinline__ void turn(float* memory, const float (&acc)[Tile::fragments_m][Tile::fragments_n][4],
-                                     unsigned first_row, unsigned first_column, Epilogue& epilogue) {
+                                     unsigned first_column, Epilogue& epilogue, RowOf row_of) {
     using Thread = GemmThread<Tile>;
     const Thread thread;
     float* piece = memory + thread.warp * Tile::turn_floats;
     const unsigned g = thread.lane / 4, t = thread.lane % 4;
-    const unsigned r = thread.lane / Thread::groups, c = thread.lane % Thread::groups * 8;
-    const unsigned column = first_column + thread.column;
-    constexpr unsigned eights = Tile::turn_rows / 8, count = Tile::turn_rows / Thread::rows;
+    constexpr unsigned eights = Tile::turn_rows / 8, count = Tile::turn_rows * Thread::groups / 32;
+    static_assert(Tile::turn_rows * Thread::groups % 32 == 0, "every lane has as much");
 #pragma unroll
     for (unsigned i = 0; i < 2 * Tile::fragments_m; i += eights) {
-        const unsigned row = first_row + thread.warp_m * Tile::wm + 8 * i + r;
+        const unsigned first_row = thread.warp_m * Tile::wm + 8 * i;
         __syncwarp();
 #pragma unroll
         for (unsigned j = 0; j < Tile::fragments_n; ++j)
@@ -343,15 +342,23 @@ __device__ __forceinline__ void turn(float* memory, const float (&acc)[Tile::fra
                 float* to = piece + (8 * h + g) * Tile::turn_pitch + 8 * j + 2 * t;
                 *reinterpret_cast<float2*>(to) = make_float2(acc[i / 2][j][half], acc[i / 2][j][half + 1]);
             }
+        // The lane's eight columns number h.
+        const auto r = [&](unsigned h) { return (thread.lane + 32 * h) / Thread::groups; };
+        const auto c = [&](unsigned h) { return (thread.lane + 32 * h) % Thread::groups * 8; };
+        const unsigned column = first_column + thread.warp_n * Tile::wn;
+        unsigned row[count];
         typename Epilogue::Extra extra[count];
 #pragma unroll
-        for (unsigned h = 0; h < count; ++h) extra[h] = epilogue.prefetch(row + h * Thread::rows, column);
+        for (unsigned h = 0; h < count; ++h) {
+            row[h] = row_of(first_row + r(h));
+            extra[h] = epilogue.prefetch(row[h], column + c(h));
+        }
         __syncwarp();
 #pragma unroll
         for (unsigned h = 0; h < count; ++h) {
             float x[8];
-            load8(piece + (r + h * Thread::rows) * Tile::turn_pitch + c, x);
-            epilogue.store(row + h * Thread::rows, column, x, extra[h]);
+            load8(piece + r(h) * Tile::turn_pitch + c(h), x);
+            epilogue.store(row[h], column + c(h), x, extra[h]);
         }
     }
 }
@@ -408,7 +415,8 @@ __device__ __forceinline__ void gemm(const A& a, const B& b, const GemmWalk& wal
         multiply<Tile, a_major, b_major, RowsOf, ColumnsOf>(stage, stage + b_begin, acc);
         const Cursor next = done.next(walk.k_steps);
         if (next.step == 0) {
-            turn<Tile>(turned, acc, first_row(done), walk.first_column, epilogue);
+            const unsigned first = first_row(done);
+            turn<Tile>(turned, acc, walk.first_column, epilogue, [&](unsigned row) { return first + row; });
 #pragma unroll
             for (auto& fragments : acc)
 #pragma unroll

@@ -91,11 +91,13 @@ template <class Tile> struct ForwardEpilogue {
         if (!to.moments) return;
         unpack8(rounded, x);
         float* pivot = pivots + thread.warp_m * Tile::bn + thread.column;
-        if (!started) {
-            // The first row of the warp is with its first lanes. Where it is outside, so are all others.
+        const unsigned alive = started ? 0 : __ballot_sync(0xffffffffu, row < height);
+        if (alive != 0) {
+            // The first of the warp's rows that is inside; its lanes are neighbours.
+            const unsigned from = unsigned(__ffs(int(alive))) - 1 + thread.lane % GemmThread<Tile>::groups;
 #pragma unroll
             for (unsigned j = 0; j < 8; ++j) {
-                const float first = __shfl_sync(0xffffffffu, x[j], thread.lane % GemmThread<Tile>::groups);
+                const float first = __shfl_sync(0xffffffffu, x[j], int(from));
                 if (thread.lane < GemmThread<Tile>::groups) pivot[j] = first;
             }
             __syncwarp();
@@ -115,18 +117,29 @@ template <class Tile> struct ForwardEpilogue {
     /// Leaves the moments of the block's run; the last block of the group finishes them. `partial` is [runs, 2, width].
     __device__ __forceinline__ void finish(const GemmGrid& grid, float* partial, unsigned* counters,
                                            const NormFinish& norm) {
+        const unsigned rows = grid.rows_of<Tile>(grid.run(), height), whole = (rows - 1) / Tile::bm;
+        const auto of_warp = [&](unsigned w) {
+            const unsigned last = rows - whole * Tile::bm, before = w * Tile::wm;
+            return whole * Tile::wm + (last > before ? min(last - before, Tile::wm) : 0);
+        };
+        finish(grid, partial, counters, norm, of_warp, [&](unsigned r) { return grid.rows_of<Tile>(r, height); });
+    }
+
+    /// The same where rows are outside anywhere: the block's warp row w has had `of_warp(w)` inside, and run r
+    /// `of_run(r)`, more than none.
+    template <class OfWarp, class OfRun>
+    __device__ __forceinline__ void finish(const GemmGrid& grid, float* partial, unsigned* counters,
+                                           const NormFinish& norm, OfWarp of_warp, OfRun of_run) {
         if (!to.moments) return;
         auto& shared = *dynamic_shared<float[Tile::warps_m][2][Tile::bn]>();
         gemm_column_sums<Tile>(sums, shared);
         const unsigned run = grid.run(), group = grid.group(), c = threadIdx.x, column = group * Tile::bn + c;
         if (c < Tile::bn && column < width) {
-            const unsigned rows = grid.rows_of<Tile>(run, height), whole = (rows - 1) / Tile::bm;
             // Of each warp row: pixels, and where the moments of rows so far are merged with them (Chan's formula).
             float count = 0.0f, mean = 0.0f, deviations = 0.0f;
 #pragma unroll
             for (unsigned w = 0; w < Tile::warps_m; ++w) {
-                const unsigned last = rows - whole * Tile::bm, before = w * Tile::wm;
-                const unsigned own = whole * Tile::wm + (last > before ? min(last - before, Tile::wm) : 0);
+                const unsigned own = of_warp(w);
                 if (own == 0) continue;
                 const float n = float(own), total = count + n;
                 const ShiftedSums warp{shared[w][0][c], shared[w][1][c]};
@@ -139,8 +152,7 @@ template <class Tile> struct ForwardEpilogue {
             partial[(run * 2 + 1) * width + column] = deviations;
         }
         if (!is_last_block(counters + group, grid.runs)) return;
-        finish_moments<Tile::threads>(partial, grid.runs, width, group * Tile::bn, Tile::bn, norm, height,
-                                      [&](unsigned r) { return grid.rows_of<Tile>(r, height); });
+        finish_moments<Tile::threads>(partial, grid.runs, width, group * Tile::bn, Tile::bn, norm, height, of_run);
     }
 };
 

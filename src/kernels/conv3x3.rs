@@ -1,10 +1,12 @@
 //! The dense 3×3 convolution as implicit GEMM on tensor cores. Formulas, shapes and bytes are in `kernels/conv3x3.cu`. The
 //! first layer, which has 3 inputs, is [`Stem`](super::stem::Stem).
 //!
-//! What it reads is stored plainly, as block outputs are: padding is zero after whatever is applied on load, and a value is
-//! loaded nine times.
+//! What it reads is stored plainly, as block outputs are: padding is zero after whatever is applied on load, and where a row
+//! of a product is gathered a value is loaded nine times.
 
-use super::gemm::{FastDivisor, Grid, THREADS, Tile, WeightGrid, step_elements};
+use super::conv_strips::{self, StripProblem, Strips};
+use super::conv_tile::{self, BOUNDS, Columns, ConvTiles};
+use super::gemm::{FastDivisor, Grid, RUNS, THREADS, Tile, WeightGrid, step_elements};
 use super::operand::{Arrival, GradientOutput, GradientView, Input, NormFinish, Output, OutputKind};
 use super::raw::RawElement;
 use super::{Cost, Work, Workspace};
@@ -19,6 +21,9 @@ use std::sync::Arc;
 const FPROP: &str = "ppppppp{56:8}{60:4}III{12:4}";
 const DGRAD: &str = "pppppp{344:4}";
 const WGRAD: &str = "ppppppp{60:4}I{16:4}";
+const STRIPS: &str = "ppppp{132:4}";
+const FPROP_TILES: &str = "ppppppp{56:8}{64:4}IIII{12:4}";
+const DGRAD_TILES: &str = "pppppp{64:4}II{12:4}";
 
 const fn entry(name: &'static str, signature: &'static str) -> Entry {
     Entry { name, signature, threads: THREADS }
@@ -26,6 +31,14 @@ const fn entry(name: &'static str, signature: &'static str) -> Entry {
 
 const fn slim(name: &'static str, signature: &'static str) -> Entry {
     Entry { name, signature, threads: Tile::SLIM.threads }
+}
+
+const fn strips(name: &'static str, fragments: u32) -> Entry {
+    Entry { name, signature: STRIPS, threads: conv_strips::threads(fragments) }
+}
+
+const fn tiles(name: &'static str, signature: &'static str) -> Entry {
+    Entry { name, signature, threads: conv_tile::THREADS }
 }
 
 /// The kernels of `kernels/conv3x3.cu`.
@@ -46,15 +59,42 @@ pub const FAMILY: Family = Family {
         slim("conv3x3_fprop_slim_bf16", FPROP),
         slim("conv3x3_dgrad_slim_f16", DGRAD),
         slim("conv3x3_dgrad_slim_bf16", DGRAD),
+        tiles("conv3x3_fprop_tiles32_f16", FPROP_TILES),
+        tiles("conv3x3_fprop_tiles32_bf16", FPROP_TILES),
+        tiles("conv3x3_fprop_tiles64_f16", FPROP_TILES),
+        tiles("conv3x3_fprop_tiles64_bf16", FPROP_TILES),
+        tiles("conv3x3_dgrad_tiles32_f16", DGRAD_TILES),
+        tiles("conv3x3_dgrad_tiles32_bf16", DGRAD_TILES),
+        tiles("conv3x3_dgrad_tiles48_f16", DGRAD_TILES),
+        tiles("conv3x3_dgrad_tiles48_bf16", DGRAD_TILES),
+        tiles("conv3x3_dgrad_tiles64_f16", DGRAD_TILES),
+        tiles("conv3x3_dgrad_tiles64_bf16", DGRAD_TILES),
         entry("conv3x3_wgrad_f32", WGRAD),
-        entry("conv3x3_wgrad_f16", WGRAD),
-        entry("conv3x3_wgrad_bf16", WGRAD),
+        strips("conv3x3_wgrad_24_s1_f16", 3),
+        strips("conv3x3_wgrad_24_s2_f16", 3),
+        strips("conv3x3_wgrad_32_s1_f16", 4),
+        strips("conv3x3_wgrad_32_s2_f16", 4),
+        strips("conv3x3_wgrad_40_s1_f16", 5),
+        strips("conv3x3_wgrad_40_s2_f16", 5),
+        strips("conv3x3_wgrad_24_s1_bf16", 3),
+        strips("conv3x3_wgrad_24_s2_bf16", 3),
+        strips("conv3x3_wgrad_32_s1_bf16", 4),
+        strips("conv3x3_wgrad_32_s2_bf16", 4),
+        strips("conv3x3_wgrad_40_s1_bf16", 5),
+        strips("conv3x3_wgrad_40_s2_bf16", 5),
+        entry("conv3x3_wgrad_sum", "pp{132:4}I"),
     ],
 };
+
+const SUM: &str = "conv3x3_wgrad_sum";
 
 const SIDE: u32 = 3;
 const TAPS: usize = 9;
 const OPERATION: &str = "3×3 convolution";
+
+/// Steps that a block of dgrad on spatial tiles has at least, and blocks below which it has fewer.
+const TILED_STEPS: u32 = 64;
+const TILED_BLOCKS: u32 = 1024;
 
 /// `ConvShape` of the `.cu` file.
 #[repr(C)]
@@ -151,6 +191,8 @@ pub struct Conv3x3Shape {
     x: Shape,
     y: Shape,
     geometry: Geometry,
+    /// Where spatial tiles are better than an implicit product, if tensor cores multiply.
+    tiles: Option<ConvTiles>,
 }
 
 impl Conv3x3Shape {
@@ -185,7 +227,12 @@ impl Conv3x3Shape {
             out_height: FastDivisor::new(y.h as u32),
             inputs: FastDivisor::new(inputs as u32),
         };
-        Ok(Self { x, y, geometry })
+        // With stride 1 the padding is 1, and x and y are images of one size. Tiles compute 256 pixels at a time: where more
+        // than half of them would be dead, in small images, an implicit product takes less time.
+        let tiles = (stride == 1).then(|| ConvTiles::new(x.n as u32, x.h as u32, x.w as u32, BOUNDS));
+        let computed = |tiles: &ConvTiles| u64::from(tiles.count()) * u64::from(BOUNDS.pixels);
+        let tiles = tiles.filter(|tiles| computed(tiles) <= 2 * u64::from(tiles.pixels()));
+        Ok(Self { x, y, geometry, tiles })
     }
 
     /// Of the input.
@@ -225,13 +272,44 @@ impl Conv3x3Shape {
         }
     }
 
-    fn grid(&self, dtype: Dtype) -> Grid {
-        Grid::new(self.geometry.pixels, self.y.c as u32, &Self::tile(dtype, self.y.c))
+    /// The spatial tiles of fprop and dgrad, if that is how they are computed.
+    const fn tiles(&self, dtype: Dtype) -> Option<ConvTiles> {
+        match dtype {
+            Dtype::F32 => None,
+            Dtype::F16 | Dtype::Bf16 => self.tiles,
+        }
     }
 
-    fn weight_grid(&self, dtype: Dtype) -> WeightGrid {
-        let step = step_elements(dtype.bytes());
+    /// Of fprop.
+    fn grid(&self, dtype: Dtype) -> Grid {
+        let outputs = self.y.c as u32;
+        match self.tiles(dtype) {
+            Some(tiles) => Grid::cut(tiles.count(), Columns::forward(outputs).groups(outputs), RUNS),
+            None => Grid::new(self.geometry.pixels, outputs, &Self::tile(dtype, self.y.c)),
+        }
+    }
+
+    /// Of dgrad on spatial tiles. It has no sums over runs, so a block has just so many tiles that what it begins with, the
+    /// first halo above all, takes little of its time; if there are enough for all multiprocessors.
+    fn gradient_grid(&self, tiles: &ConvTiles) -> Grid {
+        let (inputs, outputs) = (self.x.c as u32, self.y.c as u32);
+        let groups = Columns::backward(inputs).groups(inputs);
+        let wanted = TILED_STEPS.div_ceil(conv_tile::steps(outputs));
+        let most = (tiles.count() * groups / TILED_BLOCKS).max(1);
+        let of_block = wanted.min(most);
+        Grid { tiles: of_block, runs: tiles.count().div_ceil(of_block), groups }
+    }
+
+    /// Of the gradient of the weights in f32.
+    fn weight_grid(&self) -> WeightGrid {
+        let step = step_elements(Dtype::F32.bytes());
         WeightGrid::new(self.geometry.pixels, self.y.c as u32, self.columns(), step)
+    }
+
+    /// Of the same in f16 and bf16.
+    fn strips(&self) -> Strips {
+        let Geometry { stride, pad_top, pad_left, .. } = self.geometry;
+        Strips::new(&StripProblem { x: self.x, y: self.y, stride, pad_top, pad_left })
     }
 
     const fn cost(&self, bytes: usize) -> Cost {
@@ -287,7 +365,17 @@ impl Conv3x3Shape {
 
     /// The launch of [`Conv3x3::fprop`].
     pub fn fprop_work(&self, dtype: Dtype, output: OutputKind) -> Work {
-        let (tile, grid, y) = (Self::tile(dtype, self.y.c), self.grid(dtype), self.y);
+        let (grid, y) = (self.grid(dtype), self.y);
+        let (name, shared) = match self.tiles(dtype) {
+            Some(tiles) => {
+                let columns = Columns::forward(y.c as u32);
+                (columns.name, columns.shared_forward(&tiles))
+            }
+            None => {
+                let tile = Self::tile(dtype, y.c);
+                (tile.name, tile.shared_forward())
+            }
+        };
         let size = dtype.bytes();
         let extra = match output {
             OutputKind::Plain => 0,
@@ -297,41 +385,70 @@ impl Conv3x3Shape {
         };
         let bytes = size * (self.x.elements() + self.weights() + y.elements()) + extra;
         Work {
-            kernel: format!("conv3x3_fprop_{}_{}", tile.name, dtype.suffix()),
+            kernel: format!("conv3x3_fprop_{name}_{}", dtype.suffix()),
             grid: [grid.blocks(), 1, 1],
-            shared: tile.shared_forward(),
+            shared,
             cost: self.cost(bytes),
         }
     }
 
     /// The launch of [`Conv3x3::dgrad`], with something to add or not.
     pub fn dgrad_work(&self, dtype: Dtype, skip: bool) -> Work {
-        let tile = Self::tile(dtype, self.x.c);
+        let (name, blocks, shared) = match self.tiles(dtype) {
+            Some(tiles) => {
+                let columns = Columns::backward(self.x.c as u32);
+                (columns.name, self.gradient_grid(&tiles).blocks(), columns.shared_backward(&tiles))
+            }
+            None => {
+                let tile = Self::tile(dtype, self.x.c);
+                (tile.name, self.gradient(dtype).1, tile.shared(2))
+            }
+        };
         let elements = 2 * self.y.elements() + self.weights() + (1 + usize::from(skip)) * self.x.elements();
         Work {
-            kernel: format!("conv3x3_dgrad_{}_{}", tile.name, dtype.suffix()),
-            grid: [self.gradient(dtype).1, 1, 1],
-            shared: tile.shared(2),
+            kernel: format!("conv3x3_dgrad_{name}_{}", dtype.suffix()),
+            grid: [blocks, 1, 1],
+            shared,
             cost: self.cost(dtype.bytes() * elements + 4 * 3 * self.y.c),
         }
     }
 
-    /// The launch of [`Conv3x3::wgrad`].
-    pub fn wgrad_work(&self, dtype: Dtype) -> Work {
-        let grid = self.weight_grid(dtype);
-        let elements = 2 * self.y.elements() + self.x.elements();
-        let floats = grid.partial() + 2 * self.weights() + 3 * self.y.c;
-        Work {
-            kernel: format!("conv3x3_wgrad_{}", dtype.suffix()),
-            grid: [grid.blocks(), 1, 1],
-            shared: Tile::WEIGHTS.shared(2),
-            cost: self.cost(dtype.bytes() * elements + 4 * floats),
+    /// The launches of [`Conv3x3::wgrad`]: in f32 one, else another one that adds up.
+    pub fn wgrad_work(&self, dtype: Dtype) -> Vec<Work> {
+        let read = dtype.bytes() * (2 * self.y.elements() + self.x.elements()) + 4 * 3 * self.y.c;
+        let dweight = 4 * 2 * self.weights();
+        if dtype == Dtype::F32 {
+            let grid = self.weight_grid();
+            return vec![Work {
+                kernel: "conv3x3_wgrad_f32".into(),
+                grid: [grid.blocks(), 1, 1],
+                shared: Tile::WEIGHTS.shared(2),
+                cost: self.cost(read + 4 * grid.partial() + dweight),
+            }];
         }
+        let strips = self.strips();
+        let partial = 4 * strips.partial();
+        let sum = Cost {
+            bytes: (partial + dweight) as u64,
+            tensor_operations: 0,
+            operations: strips.partial() as u64,
+        };
+        vec![
+            Work {
+                kernel: format!("conv3x3_wgrad_{}_{}", strips.name(), dtype.suffix()),
+                grid: [strips.blocks(), 1, 1],
+                shared: strips.shared,
+                cost: self.cost(read + partial),
+            },
+            Work { kernel: SUM.into(), grid: [strips.pieces(), 1, 1], shared: 0, cost: sum },
+        ]
     }
 
     /// Floats that the launches need in a [`Workspace`].
     pub fn workspace_floats(&self, dtype: Dtype) -> usize {
-        moment_floats(&self.grid(dtype), self.y.c).max(self.weight_grid(dtype).partial())
+        let of_weights =
+            if dtype == Dtype::F32 { self.weight_grid().partial() } else { self.strips().partial() };
+        moment_floats(&self.grid(dtype), self.y.c).max(of_weights)
     }
 }
 
@@ -348,6 +465,7 @@ pub struct Conv3x3<T> {
     fprop: Kernel,
     dgrad: Kernel,
     wgrad: Kernel,
+    sum: Kernel,
     element: PhantomData<fn() -> T>,
 }
 
@@ -369,7 +487,13 @@ impl<T: RawElement> Conv3x3<T> {
             shape,
             fprop: kernel(shape.fprop_work(T::DTYPE, OutputKind::Plain))?,
             dgrad: kernel(shape.dgrad_work(T::DTYPE, false))?,
-            wgrad: kernel(shape.wgrad_work(T::DTYPE))?,
+            wgrad: {
+                // Shapes share a kernel, and the last word counts: for all of them as much as any asks for.
+                let work = shape.wgrad_work(T::DTYPE).swap_remove(0);
+                let most = if T::DTYPE == Dtype::F32 { work.shared } else { conv_strips::SHARED };
+                kernel(Work { shared: most, ..work })?
+            },
+            sum: module.kernel(SUM)?,
             element: PhantomData,
         })
     }
@@ -433,7 +557,13 @@ impl<T: RawElement> Conv3x3<T> {
             Output::Folded { bias, skip: None, .. } => launch.input(bias).null(),
             _ => launch.null().null(),
         };
-        launch.output(&mut partial).output(&mut counters).value(&finish).value(&shape.geometry);
+        launch.output(&mut partial).output(&mut counters).value(&finish);
+        let tiles = shape.tiles(T::DTYPE);
+        let inputs = shape.x.c as u32;
+        match &tiles {
+            Some(tiles) => launch.value(tiles).value(&inputs),
+            None => launch.value(&shape.geometry),
+        };
         launch.value(&outputs).value(&silu).value(&moments).value(&grid);
         // SAFETY: all buffers have their shapes and what is written overlaps nothing else. The geometry is theirs: a block
         // reads pixels of x within the image alone, and writes the pixels of y of its run, those that exist, its partial
@@ -467,6 +597,8 @@ impl<T: RawElement> Conv3x3<T> {
         }
         operands.write("dx", dx, shape.x.elements())?;
         let work = shape.dgrad_work(T::DTYPE, skip.is_some());
+        let (inputs, outputs) = (shape.x.c as u32, shape.y.c as u32);
+        let tiled = shape.tiles(T::DTYPE).map(|tiles| (tiles, shape.gradient_grid(&tiles)));
         let (classes, _) = shape.gradient(T::DTYPE);
         let mut launch = self.dgrad.on(stream);
         launch.input(gradient.g).input(gradient.y).input(gradient.owed).input(weight);
@@ -474,7 +606,11 @@ impl<T: RawElement> Conv3x3<T> {
             Some(skip) => launch.input(skip),
             None => launch.null(),
         };
-        launch.output(dx).value(&classes);
+        launch.output(dx);
+        match &tiled {
+            Some((tiles, grid)) => launch.value(tiles).value(&inputs).value(&outputs).value(grid),
+            None => launch.value(&classes),
+        };
         // SAFETY: all buffers have their shapes and dx overlaps none. A block reads the pixels of y that those of its run
         // are reached from, within the image alone, and writes its run's pixels of dx, those that exist; each pixel is in
         // one class.
@@ -494,24 +630,42 @@ impl<T: RawElement> Conv3x3<T> {
         workspace: &mut Workspace,
     ) -> Result<()> {
         let shape = &self.shape;
-        let work = shape.wgrad_work(T::DTYPE);
-        let grid = shape.weight_grid(T::DTYPE);
-        let outputs = shape.y.c as u32;
+        let works = shape.wgrad_work(T::DTYPE);
         let x = plain(x)?;
         let mut operands = Operands::new(OPERATION, &self.device, stream)?;
         operands.read("x", x, shape.x.elements())?;
         check_gradient(&gradient, &mut operands, shape.y)?;
         operands.write("the gradient of the weights", dweight, shape.weights())?;
-        workspace.check(OPERATION, grid.partial(), grid.counters())?;
+        let shapes = format_args!("{} to {}", shape.x, shape.y);
+        let [work, sum] = works.as_slice() else {
+            let (work, grid, outputs) = (&works[0], shape.weight_grid(), shape.y.c as u32);
+            workspace.check(OPERATION, grid.partial(), grid.counters())?;
+            let mut partial = workspace.partial.as_view_mut();
+            let mut counters = workspace.counters.as_view_mut();
+            let mut launch = self.wgrad.on(stream);
+            launch.input(gradient.g).input(gradient.y).input(gradient.owed).input(x).output(dweight);
+            launch.output(&mut partial).output(&mut counters);
+            launch.value(&shape.geometry).value(&outputs).value(&grid);
+            // SAFETY: all buffers have their shapes and what is written overlaps nothing else. A block reads pixels of its
+            // split and what lies under the kernel there, within the image alone, and writes its partial tile; the last
+            // block of each tile writes its weights, those that exist.
+            return unsafe { launch.run(work.grid, work.shared, shapes) };
+        };
+        let strips = shape.strips();
+        workspace.check(OPERATION, strips.partial(), 0)?;
         let mut partial = workspace.partial.as_view_mut();
-        let mut counters = workspace.counters.as_view_mut();
         let mut launch = self.wgrad.on(stream);
-        launch.input(gradient.g).input(gradient.y).input(gradient.owed).input(x).output(dweight);
-        launch.output(&mut partial).output(&mut counters).value(&shape.geometry).value(&outputs).value(&grid);
-        // SAFETY: all buffers have their shapes and what is written overlaps nothing else. A block reads pixels of its split
-        // and what lies under the kernel there, within the image alone, and writes its partial tile; the last block of each
-        // tile writes its weights, those that exist.
-        unsafe { launch.run(work.grid, work.shared, format_args!("{} to {}", shape.x, shape.y)) }
+        launch.input(gradient.g).input(gradient.y).input(gradient.owed).input(x);
+        launch.output(&mut partial).value(&strips.shape);
+        // SAFETY: all buffers have their shapes and what is written overlaps nothing else. A block reads rows of its strips
+        // and what lies under the kernel there, within the image alone, and writes its partial tile, for which there is room.
+        unsafe { launch.run(work.grid, work.shared, shapes)? };
+        let partial = workspace.partial.as_view();
+        let mut launch = self.sum.on(stream);
+        launch.input(&partial).output(dweight).value(&strips.shape).value(&strips.fragments);
+        // SAFETY: each block reads one fragment of all partial tiles, which the launch before has written, and writes its
+        // weights, those that exist.
+        unsafe { launch.run(sum.grid, sum.shared, shapes) }
     }
 }
 

@@ -188,14 +188,18 @@ pub(super) struct Grid {
 /// Blocks that a grid aims at: several rounds on any GPU.
 const BLOCKS: u32 = 2048;
 /// Runs that the last block of a group can add up in little time.
-const RUNS: u32 = 512;
+pub(super) const RUNS: u32 = 512;
 
 impl Grid {
     /// For `rows` × `columns`.
     pub(super) fn new(rows: u32, columns: u32, tile: &Tile) -> Self {
-        let (all, groups) = (rows.div_ceil(tile.rows), columns.div_ceil(tile.columns));
-        let tiles = all.div_ceil((BLOCKS / groups).clamp(1, RUNS));
-        Self { tiles, runs: all.div_ceil(tiles), groups }
+        Self::cut(rows.div_ceil(tile.rows), columns.div_ceil(tile.columns), RUNS)
+    }
+
+    /// For so many row tiles and groups of columns.
+    pub(super) fn cut(row_tiles: u32, groups: u32, most_runs: u32) -> Self {
+        let tiles = row_tiles.div_ceil((BLOCKS / groups).clamp(1, most_runs));
+        Self { tiles, runs: row_tiles.div_ceil(tiles), groups }
     }
 
     pub(super) const fn blocks(&self) -> u32 {

@@ -53,7 +53,7 @@ fn a_step_of_s_takes_few_launches() {
 fn matrix_products_are_those_of_the_architecture() {
     let (images, side) = (8, 65);
     for model in ["nano", "b0", "s", "v1-b0"] {
-        for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+        for dtype in [Dtype::F32, Dtype::Tf32, Dtype::F16, Dtype::Bf16] {
             let (network, planner) = plan(model, images, side, dtype);
             let (mut side, mut macs) = (side, network.spec().head * network.spec().classes);
             for layer in network.convolutions() {
@@ -87,9 +87,12 @@ fn only_the_last_pass_of_a_step_moves_the_weights() {
 
 /// What the second step launches. The first makes the copy of the weights that convolutions read; later the optimizer
 /// keeps it.
-fn launched<T: FusedElement>(device: &Device, network: &Network, kind: PassKind) -> Vec<Launched> {
-    let layout = network.layout();
-    let mut backend = Accelerated::<T>::new(device, false).unwrap();
+fn launched<T: FusedElement>(
+    mut backend: Accelerated<T>,
+    network: &Network,
+    kind: PassKind,
+) -> Vec<Launched> {
+    let (device, layout) = (backend.device().clone(), network.layout());
     backend.prepare(|backend| network.rehearse_training(backend, kind, Rule::PAPER)).unwrap();
     let (params, stats) = initial_values::<f32>(layout, 0);
     let mut state = State::new(&backend, Rule::PAPER, params, stats).unwrap();
@@ -113,22 +116,28 @@ fn launched<T: FusedElement>(device: &Device, network: &Network, kind: PassKind)
 
 /// A step launches what was planned, in that order, and nothing else.
 fn check_launches<T: FusedElement>(device: &Device, model: &str, images: usize) {
+    check_launches_of(Accelerated::<T>::new(device, false).unwrap(), model, images);
+}
+
+fn check_launches_of<T: FusedElement>(backend: Accelerated<T>, model: &str, images: usize) {
+    let dtype = backend.dtype();
     let network = Network::new(Architecture::find(model).unwrap().network(10));
     let kind = PassKind { images, side: 32, dropout: 0.2, first: true, last: true };
-    let mut planner = Planner::new(T::DTYPE);
+    let mut planner = Planner::new(dtype);
     network.rehearse_training(&mut planner, kind, Rule::PAPER).unwrap();
     let planned: Vec<Work> = planner.draw().into_iter().chain(planner.launches().iter().cloned()).collect();
-    let launched = launched::<T>(device, &network, kind);
+    let launched = launched(backend, &network, kind);
     for (i, (work, launched)) in planned.iter().zip(&launched).enumerate() {
-        assert!(work.is(launched), "{model}, {} {i}: {work:?} was planned, {launched} launched", T::DTYPE);
+        assert!(work.is(launched), "{model}, {} {i}: {work:?} was planned, {launched} launched", dtype);
     }
-    assert_eq!(planned.len(), launched.len(), "{model}, {}", T::DTYPE);
+    assert_eq!(planned.len(), launched.len(), "{model}, {dtype}");
 }
 
 #[test]
 fn what_is_planned_is_launched() {
     let Some(device) = device() else { return };
     check_launches::<f32>(&device, "nano", 3);
+    check_launches_of(Accelerated::in_tf32(&device, false).unwrap(), "nano", 3);
     check_launches::<f16>(&device, "nano", 3);
     check_launches::<bf16>(&device, "nano", 4);
     // Every kind of block there is, with kernels of 5×5 among them.

@@ -8,7 +8,7 @@ use super::conv_strips::{self, StripProblem, Strips};
 use super::conv_tile::{self, BOUNDS, Columns, ConvTiles};
 use super::gemm::{FastDivisor, Grid, RUNS, THREADS, Tile, WeightGrid, step_elements};
 use super::operand::{Arrival, GradientOutput, GradientView, Input, NormFinish, Output, OutputKind};
-use super::raw::RawElement;
+use super::raw::{RawElement, check_storage};
 use super::{Cost, Work, Workspace};
 use crate::backend::Activation;
 use crate::device::cudarc::driver::{CudaStream, CudaView, CudaViewMut, DeviceRepr};
@@ -46,11 +46,13 @@ pub const FAMILY: Family = Family {
     name: "conv3x3",
     kernels: &[
         entry("conv3x3_fprop_narrow_f32", FPROP),
+        entry("conv3x3_fprop_narrow_tf32", FPROP),
         entry("conv3x3_fprop_narrow_f16", FPROP),
         entry("conv3x3_fprop_narrow_bf16", FPROP),
         entry("conv3x3_fprop_wide_f16", FPROP),
         entry("conv3x3_fprop_wide_bf16", FPROP),
         entry("conv3x3_dgrad_narrow_f32", DGRAD),
+        entry("conv3x3_dgrad_narrow_tf32", DGRAD),
         entry("conv3x3_dgrad_narrow_f16", DGRAD),
         entry("conv3x3_dgrad_narrow_bf16", DGRAD),
         entry("conv3x3_dgrad_wide_f16", DGRAD),
@@ -70,6 +72,7 @@ pub const FAMILY: Family = Family {
         tiles("conv3x3_dgrad_tiles64_f16", DGRAD_TILES),
         tiles("conv3x3_dgrad_tiles64_bf16", DGRAD_TILES),
         entry("conv3x3_wgrad_f32", WGRAD),
+        entry("conv3x3_wgrad_tf32", WGRAD),
         strips("conv3x3_wgrad_24_s1_f16", 3),
         strips("conv3x3_wgrad_24_s2_f16", 3),
         strips("conv3x3_wgrad_32_s1_f16", 4),
@@ -263,7 +266,7 @@ impl Conv3x3Shape {
     /// Of fprop's or dgrad's product with so many columns: the widest that computes no more than narrower ones.
     const fn tile(dtype: Dtype, columns: usize) -> Tile {
         match dtype {
-            Dtype::F32 => Tile::NARROW,
+            Dtype::F32 | Dtype::Tf32 => Tile::NARROW,
             Dtype::F16 | Dtype::Bf16 if columns <= 32 => Tile::SLIM,
             Dtype::F16 | Dtype::Bf16 if columns.next_multiple_of(128) == columns.next_multiple_of(64) => {
                 Tile::WIDE
@@ -275,7 +278,7 @@ impl Conv3x3Shape {
     /// The spatial tiles of fprop and dgrad, if that is how they are computed.
     const fn tiles(&self, dtype: Dtype) -> Option<ConvTiles> {
         match dtype {
-            Dtype::F32 => None,
+            Dtype::F32 | Dtype::Tf32 => None,
             Dtype::F16 | Dtype::Bf16 => self.tiles,
         }
     }
@@ -300,7 +303,7 @@ impl Conv3x3Shape {
         Grid { tiles: of_block, runs: tiles.count().div_ceil(of_block), groups }
     }
 
-    /// Of the gradient of the weights in f32.
+    /// Of the gradient of the weights in f32 and tf32.
     fn weight_grid(&self) -> WeightGrid {
         let step = step_elements(Dtype::F32.bytes());
         WeightGrid::new(self.geometry.pixels, self.y.c as u32, self.columns(), step)
@@ -385,7 +388,7 @@ impl Conv3x3Shape {
         };
         let bytes = size * (self.x.elements() + self.weights() + y.elements()) + extra;
         Work {
-            kernel: format!("conv3x3_fprop_{name}_{}", dtype.suffix()),
+            kernel: format!("conv3x3_fprop_{name}_{}", dtype.name()),
             grid: [grid.blocks(), 1, 1],
             shared,
             cost: self.cost(bytes),
@@ -406,21 +409,21 @@ impl Conv3x3Shape {
         };
         let elements = 2 * self.y.elements() + self.weights() + (1 + usize::from(skip)) * self.x.elements();
         Work {
-            kernel: format!("conv3x3_dgrad_{name}_{}", dtype.suffix()),
+            kernel: format!("conv3x3_dgrad_{name}_{}", dtype.name()),
             grid: [blocks, 1, 1],
             shared,
             cost: self.cost(dtype.bytes() * elements + 4 * 3 * self.y.c),
         }
     }
 
-    /// The launches of [`Conv3x3::wgrad`]: in f32 one, else another one that adds up.
+    /// The launches of [`Conv3x3::wgrad`]: in f32 and tf32 one, else another one that adds up.
     pub fn wgrad_work(&self, dtype: Dtype) -> Vec<Work> {
         let read = dtype.bytes() * (2 * self.y.elements() + self.x.elements()) + 4 * 3 * self.y.c;
         let dweight = 4 * 2 * self.weights();
-        if dtype == Dtype::F32 {
+        if dtype.storage() == Dtype::F32 {
             let grid = self.weight_grid();
             return vec![Work {
-                kernel: "conv3x3_wgrad_f32".into(),
+                kernel: format!("conv3x3_wgrad_{dtype}"),
                 grid: [grid.blocks(), 1, 1],
                 shared: Tile::WEIGHTS.shared(2),
                 cost: self.cost(read + 4 * grid.partial() + dweight),
@@ -435,7 +438,7 @@ impl Conv3x3Shape {
         };
         vec![
             Work {
-                kernel: format!("conv3x3_wgrad_{}_{}", strips.name(), dtype.suffix()),
+                kernel: format!("conv3x3_wgrad_{}_{}", strips.name(), dtype.name()),
                 grid: [strips.blocks(), 1, 1],
                 shared: strips.shared,
                 cost: self.cost(read + partial),
@@ -446,8 +449,11 @@ impl Conv3x3Shape {
 
     /// Floats that the launches need in a [`Workspace`].
     pub fn workspace_floats(&self, dtype: Dtype) -> usize {
-        let of_weights =
-            if dtype == Dtype::F32 { self.weight_grid().partial() } else { self.strips().partial() };
+        let of_weights = if dtype.storage() == Dtype::F32 {
+            self.weight_grid().partial()
+        } else {
+            self.strips().partial()
+        };
         moment_floats(&self.grid(dtype), self.y.c).max(of_weights)
     }
 }
@@ -461,6 +467,7 @@ const fn moment_floats(grid: &Grid, channels: usize) -> usize {
 #[derive(Debug)]
 pub struct Conv3x3<T> {
     device: Device,
+    dtype: Dtype,
     shape: Conv3x3Shape,
     fprop: Kernel,
     dgrad: Kernel,
@@ -475,6 +482,15 @@ impl<T: RawElement> Conv3x3<T> {
     /// # Errors
     /// Those of [`Conv3x3Shape::new`] and of [`Device::module`]; [`Error::Driver`] on a GPU with too little shared memory.
     pub fn plan(device: &Device, conv: &Conv, x: Shape) -> Result<Self> {
+        Self::plan_in(device, conv, x, T::DTYPE)
+    }
+
+    /// The same, multiplying as `dtype` says.
+    ///
+    /// # Errors
+    /// Those of [`plan`](Self::plan); [`Error::Shape`] if elements of `dtype` are no `T`.
+    pub fn plan_in(device: &Device, conv: &Conv, x: Shape, dtype: Dtype) -> Result<Self> {
+        check_storage::<T>(OPERATION, dtype)?;
         let shape = Conv3x3Shape::new(conv, x)?;
         let module = device.module(&FAMILY)?;
         let kernel = |work: Work| {
@@ -484,13 +500,14 @@ impl<T: RawElement> Conv3x3<T> {
         };
         Ok(Self {
             device: device.clone(),
+            dtype,
             shape,
-            fprop: kernel(shape.fprop_work(T::DTYPE, OutputKind::Plain))?,
-            dgrad: kernel(shape.dgrad_work(T::DTYPE, false))?,
+            fprop: kernel(shape.fprop_work(dtype, OutputKind::Plain))?,
+            dgrad: kernel(shape.dgrad_work(dtype, false))?,
             wgrad: {
                 // Shapes share a kernel, and the last word counts: for all of them as much as any asks for.
-                let work = shape.wgrad_work(T::DTYPE).swap_remove(0);
-                let most = if T::DTYPE == Dtype::F32 { work.shared } else { conv_strips::SHARED };
+                let work = shape.wgrad_work(dtype).swap_remove(0);
+                let most = if dtype.storage() == Dtype::F32 { work.shared } else { conv_strips::SHARED };
                 kernel(Work { shared: most, ..work })?
             },
             sum: module.kernel(SUM)?,
@@ -505,7 +522,7 @@ impl<T: RawElement> Conv3x3<T> {
 
     /// Floats that the launches need in a [`Workspace`].
     pub fn workspace_floats(&self) -> usize {
-        self.shape.workspace_floats(T::DTYPE)
+        self.shape.workspace_floats(self.dtype)
     }
 
     /// y ← the convolution of x, finished as `output` says. `weight` is \[out, 3, 3, in\].
@@ -524,8 +541,8 @@ impl<T: RawElement> Conv3x3<T> {
         workspace: &mut Workspace,
     ) -> Result<()> {
         let shape = &self.shape;
-        let work = shape.fprop_work(T::DTYPE, output.kind());
-        let grid = shape.grid(T::DTYPE);
+        let work = shape.fprop_work(self.dtype, output.kind());
+        let grid = shape.grid(self.dtype);
         let outputs = shape.y.c as u32;
         let x = plain(x)?;
         let mut operands = Operands::new(OPERATION, &self.device, stream)?;
@@ -558,7 +575,7 @@ impl<T: RawElement> Conv3x3<T> {
             _ => launch.null().null(),
         };
         launch.output(&mut partial).output(&mut counters).value(&finish);
-        let tiles = shape.tiles(T::DTYPE);
+        let tiles = shape.tiles(self.dtype);
         let inputs = shape.x.c as u32;
         match &tiles {
             Some(tiles) => launch.value(tiles).value(&inputs),
@@ -596,10 +613,10 @@ impl<T: RawElement> Conv3x3<T> {
             operands.read("skip", skip, shape.x.elements())?;
         }
         operands.write("dx", dx, shape.x.elements())?;
-        let work = shape.dgrad_work(T::DTYPE, skip.is_some());
+        let work = shape.dgrad_work(self.dtype, skip.is_some());
         let (inputs, outputs) = (shape.x.c as u32, shape.y.c as u32);
-        let tiled = shape.tiles(T::DTYPE).map(|tiles| (tiles, shape.gradient_grid(&tiles)));
-        let (classes, _) = shape.gradient(T::DTYPE);
+        let tiled = shape.tiles(self.dtype).map(|tiles| (tiles, shape.gradient_grid(&tiles)));
+        let (classes, _) = shape.gradient(self.dtype);
         let mut launch = self.dgrad.on(stream);
         launch.input(gradient.g).input(gradient.y).input(gradient.owed).input(weight);
         match skip {
@@ -630,7 +647,7 @@ impl<T: RawElement> Conv3x3<T> {
         workspace: &mut Workspace,
     ) -> Result<()> {
         let shape = &self.shape;
-        let works = shape.wgrad_work(T::DTYPE);
+        let works = shape.wgrad_work(self.dtype);
         let x = plain(x)?;
         let mut operands = Operands::new(OPERATION, &self.device, stream)?;
         operands.read("x", x, shape.x.elements())?;

@@ -106,6 +106,7 @@ pub struct Accelerated<T: FusedElement> {
     // Before all that it replays: it goes first.
     recorder: Recorder,
     device: Device,
+    dtype: Dtype,
     arena: Arena,
     scratch: Scratch,
     plans: Plans<T>,
@@ -129,6 +130,16 @@ struct Planned {
 /// A device that waits to compute has nothing in the arena; this is what it begins with.
 const SMALLEST_ARENA: usize = 1 << 20;
 
+impl Accelerated<f32> {
+    /// As [`new`](Self::new), but matrix products are in tf32: see [`Dtype::Tf32`].
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn in_tf32(device: &Device, graphs: bool) -> Result<Self> {
+        Self::new_in(device, graphs, Dtype::Tf32)
+    }
+}
+
 impl<T: FusedElement> Accelerated<T> {
     /// On `device`, with an arena of a megabyte until [`prepare`](Backend::prepare) makes a larger one. Passes of training
     /// are recorded and replayed as CUDA graphs if `graphs` says so; that changes no bit of what is computed.
@@ -136,12 +147,17 @@ impl<T: FusedElement> Accelerated<T> {
     /// # Errors
     /// [`Error::Driver`].
     pub fn new(device: &Device, graphs: bool) -> Result<Self> {
+        Self::new_in(device, graphs, T::DTYPE)
+    }
+
+    fn new_in(device: &Device, graphs: bool, dtype: Dtype) -> Result<Self> {
         Ok(Self {
+            dtype,
             recorder: Recorder::new(graphs),
             arena: Arena::new(device, SMALLEST_ARENA)?,
             scratch: Scratch::new(device)?,
             device: device.clone(),
-            plans: Plans::default(),
+            plans: Plans::new(dtype),
             feeds: Feeds::default(),
             optimizer: None,
             loss_scale: 1.0,
@@ -164,8 +180,8 @@ impl<T: FusedElement> Accelerated<T> {
         self.recorder.graphs()
     }
 
-    fn rehearsed(rehearse: &mut impl FnMut(&mut Planner) -> Result<()>) -> Result<Planner> {
-        let mut planner = Planner::new(T::DTYPE);
+    fn rehearsed(&self, rehearse: &mut impl FnMut(&mut Planner) -> Result<()>) -> Result<Planner> {
+        let mut planner = Planner::new(self.dtype);
         rehearse(&mut planner)?;
         Ok(planner)
     }
@@ -311,7 +327,7 @@ impl<T: FusedElement> Backend for Accelerated<T> {
     }
 
     fn prepare(&mut self, mut rehearse: impl FnMut(&mut Planner) -> Result<()>) -> Result<()> {
-        let planner = Self::rehearsed(&mut rehearse)?;
+        let planner = self.rehearsed(&mut rehearse)?;
         let mut changed = self.feeds.add_drops(planner.drops());
         let footprint = planner.footprint();
         if footprint.arena > self.arena.capacity() {
@@ -338,7 +354,7 @@ impl<T: FusedElement> Backend for Accelerated<T> {
     }
 
     fn memory(&self, mut rehearse: impl FnMut(&mut Planner) -> Result<()>) -> Result<Option<Memory>> {
-        let footprint = Self::rehearsed(&mut rehearse)?.footprint();
+        let footprint = self.rehearsed(&mut rehearse)?.footprint();
         let (needed, buffers) = (footprint.passes(), footprint.buffers);
         Ok(Some(Memory { needed, buffers, available: self.available()? }))
     }
@@ -364,7 +380,7 @@ impl<T: FusedElement> Backend for Accelerated<T> {
     }
 
     fn dtype(&self) -> Dtype {
-        T::DTYPE
+        self.dtype
     }
 
     fn set_loss_scale(&mut self, scale: f64) {

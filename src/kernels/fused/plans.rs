@@ -15,7 +15,7 @@ use crate::kernels::pointwise::{Classifier, Pointwise};
 use crate::kernels::squeeze_excite::SqueezeExcite;
 use crate::kernels::stem::{Stem, StemInput};
 use crate::optimizer::Rule;
-use crate::tensor::{Conv, ConvKind, Shape};
+use crate::tensor::{Conv, ConvKind, Dtype, Shape};
 use crate::{Error, Result};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -82,6 +82,8 @@ pub(super) type HeadKey = (Shape, usize, u64);
 /// All plans of a device.
 #[derive(Debug)]
 pub(super) struct Plans<T> {
+    /// How matrices are multiplied.
+    dtype: Dtype,
     stems: Cache<(Conv, Shape), Stem<T>>,
     dense: Cache<(Conv, Shape), Conv3x3<T>>,
     depthwise: Cache<(Conv, Shape), Depthwise<T>>,
@@ -98,9 +100,10 @@ pub(super) struct Plans<T> {
     tools: Cache<usize, Optimizer>,
 }
 
-impl<T> Default for Plans<T> {
-    fn default() -> Self {
+impl<T> Plans<T> {
+    pub(super) fn new(dtype: Dtype) -> Self {
         Self {
+            dtype,
             stems: Cache::default(),
             dense: Cache::default(),
             depthwise: Cache::default(),
@@ -146,8 +149,8 @@ impl<T: FusedElement> Plans<T> {
         features: usize,
         classes: usize,
     ) -> Result<&mut Classifier<T>> {
-        let key = [images, features, classes];
-        self.classifiers.get(key, || Classifier::plan(device, images, features, classes))
+        let (key, dtype) = ([images, features, classes], self.dtype);
+        self.classifiers.get(key, || Classifier::plan_in(device, images, features, classes, dtype))
     }
 
     /// The normalisation of inference of one layer.
@@ -182,7 +185,7 @@ impl<T: FusedElement> Plans<T> {
         y: &mut CudaViewMut<'_, T>,
         output: Output<'_, '_, T>,
     ) -> Result<()> {
-        let (stream, key) = (device.compute(), (*conv, x));
+        let (stream, key, dtype) = (device.compute(), (*conv, x), self.dtype);
         match Kind::of(conv) {
             Kind::Stem => {
                 let plan = self.stems.get(key, || Stem::plan(device, conv, x))?;
@@ -190,7 +193,7 @@ impl<T: FusedElement> Plans<T> {
                 plan.fprop(stream, images(&input)?, weight, y, output, workspace)
             }
             Kind::Dense => {
-                let plan = self.dense.get(key, || Conv3x3::plan(device, conv, x))?;
+                let plan = self.dense.get(key, || Conv3x3::plan_in(device, conv, x, dtype))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.fprop(stream, input, weight, y, output, workspace)
             }
@@ -200,7 +203,7 @@ impl<T: FusedElement> Plans<T> {
                 plan.fprop(stream, input, weight, y, output, workspace)
             }
             Kind::Pointwise => {
-                let plan = self.pointwise.get(key, || Pointwise::plan(device, x, conv.outputs))?;
+                let plan = self.pointwise.get(key, || Pointwise::plan_in(device, x, conv.outputs, dtype))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.fprop(stream, input, weight, y, output, workspace)
             }
@@ -219,7 +222,7 @@ impl<T: FusedElement> Plans<T> {
         dweight: &mut CudaViewMut<'_, f32>,
         output: GradientOutput<'_, '_, T>,
     ) -> Result<()> {
-        let (stream, key) = (device.compute(), (*conv, x));
+        let (stream, key, dtype) = (device.compute(), (*conv, x), self.dtype);
         match Kind::of(conv) {
             Kind::Stem => {
                 let plan = self.stems.get(key, || Stem::plan(device, conv, x))?;
@@ -228,7 +231,7 @@ impl<T: FusedElement> Plans<T> {
                 plan.wgrad(stream, images(&input)?, gradient, dweight, workspace)
             }
             Kind::Dense => {
-                let plan = self.dense.get(key, || Conv3x3::plan(device, conv, x))?;
+                let plan = self.dense.get(key, || Conv3x3::plan_in(device, conv, x, dtype))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.dgrad(stream, gradient, weight, dx, output)?;
                 plan.wgrad(stream, input, gradient, dweight, workspace)
@@ -239,7 +242,7 @@ impl<T: FusedElement> Plans<T> {
                 plan.backward(stream, input, gradient, weight, dx, dweight, output, workspace)
             }
             Kind::Pointwise => {
-                let plan = self.pointwise.get(key, || Pointwise::plan(device, x, conv.outputs))?;
+                let plan = self.pointwise.get(key, || Pointwise::plan_in(device, x, conv.outputs, dtype))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.backward(stream, input, gradient, weight, dx, dweight, output, workspace)
             }
@@ -255,7 +258,7 @@ impl<T: FusedElement> Plans<T> {
         gradient: GradientView<'_, '_, T>,
         dweight: &mut CudaViewMut<'_, f32>,
     ) -> Result<()> {
-        let (stream, key) = (device.compute(), (*conv, x));
+        let (stream, key, dtype) = (device.compute(), (*conv, x), self.dtype);
         match Kind::of(conv) {
             Kind::Stem => {
                 let plan = self.stems.get(key, || Stem::plan(device, conv, x))?;
@@ -263,7 +266,7 @@ impl<T: FusedElement> Plans<T> {
                 plan.wgrad(stream, images(&input)?, gradient, dweight, workspace)
             }
             Kind::Dense => {
-                let plan = self.dense.get(key, || Conv3x3::plan(device, conv, x))?;
+                let plan = self.dense.get(key, || Conv3x3::plan_in(device, conv, x, dtype))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.wgrad(stream, input, gradient, dweight, workspace)
             }
@@ -272,7 +275,7 @@ impl<T: FusedElement> Plans<T> {
                 Err(Error::Shape { operation: "depthwise convolution", problem })
             }
             Kind::Pointwise => {
-                let plan = self.pointwise.get(key, || Pointwise::plan(device, x, conv.outputs))?;
+                let plan = self.pointwise.get(key, || Pointwise::plan_in(device, x, conv.outputs, dtype))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.wgrad(stream, input, gradient, dweight, workspace)
             }

@@ -1,4 +1,4 @@
-// Dense 3x3 convolution of stride 1 or 2 as implicit GEMM, in all three directions.
+// Dense 3x3 convolution of stride 1 or 2, in all three directions.
 //
 // x [images, height, width, inputs], y and g [images, out_height, out_width, outputs], weight [outputs, 3, 3, inputs] and dx
 // like x are of type T, f32, f16 or bf16; everything else, dweight too, is f32, and so are all sums, in a fixed order.
@@ -9,10 +9,18 @@
 //   dweight[o, kh, kw, i]  += sum over n, oh, ow of dy[n, oh, ow, o] x[n, s oh + kh - pad_top, s ow + kw - pad_left, i]
 //   dx[n, ih, iw, i]        = skip + sum over o and the kh, kw that reach ih, iw of dy[n, oh, ow, o] weight[o, kh, kw, i]
 //
-// The mainloop is gemm.cuh but for dweight in f16 and bf16: 128 x 128 (wide), 128 x 64 (narrow), 128 x 32 (slim) or, for dweight
-// in f32, 64 x 128 tiles; f16 and bf16 on tensor cores, f32 in plain arithmetic. Nothing is lowered in memory: the loaders
-// below gather what lies under the kernel, 16 bytes of a pixel's channels at a time. Each direction is 18 * outputs * inputs
-// operations for each pixel of y. Blocks have 256 threads, slim ones 128.
+// f16 and bf16 run on tensor cores, f32 in plain arithmetic. Each direction is 18 * outputs * inputs operations for each
+// pixel of y. There are three mainloops, and nothing is lowered in memory by any:
+//
+// - With stride 1, f16 and bf16, fprop and dgrad work on spatial tiles (conv_halo.cuh, kernels named tiles*): 256 pixels of
+//   an image by 64, 48 (dgrad) or 32 columns. A tile's halo is fetched, and what it owes paid, once for all nine taps. The
+//   exception are images so small that they would leave more than half of the pixels of their tiles dead.
+// - For f16 and bf16, dweight is summed down strips of images (conv_strips.cuh), all nine taps of a tile at once.
+// - All else is an implicit product (gemm.cuh): 128 x 128 (wide), 128 x 64 (narrow), 128 x 32 (slim) or, for dweight, 64 x
+//   128 tiles. The loaders below gather what lies under the kernel, 16 bytes of a pixel's channels at a time, so each
+//   value is fetched, and paid for, once for each tap that it lies under.
+//
+// Blocks have 256 threads, slim ones and those of spatial tiles 128, and some of strips 384.
 //
 // conv3x3_fprop: rows are pixels of y, k is (kh, kw, i), as it lies in the weights. Stores y as ForwardOutput says: with the
 //   moments of batch norm, or folded for inference. Grid runs * groups as in GemmGrid, groups of `bn` outputs. Least bytes: x,
@@ -20,11 +28,13 @@
 // conv3x3_dgrad: rows are pixels of x, k is (tap, o). With stride 2 the pixels of x are four classes, by whether row and column
 //   are odd, that are reached by 1, 2, 2 and 4 taps: four products in one launch, no tap of which is a zero. Grid the sum
 //   over classes of runs * groups, groups of `bn` inputs. Least bytes: g, y, weight and dx once, skip if any.
+// conv3x3_fprop_tiles, conv3x3_dgrad_tiles: the same results, rows being pixels of spatial tiles, k (32 channels, tap, channel).
+//   Grid runs * groups as in GemmGrid, runs of spatial tiles. From the second level a block fetches for each tile its halo,
+//   1.3 times its pixels, and the weights of its columns.
 // conv3x3_wgrad_f32: rows are outputs, columns (kh, kw, i), k are pixels of y. Grid splits * tiles as in WeightGrid. Least
 //   bytes: g, y, x and twice dweight; with splits their partial tiles.
-// conv3x3_wgrad_24, _32, _40 (inputs of a warp) _s1, _s2 (the stride), f16 and bf16: not as a product of gathered rows, but
-//   down strips of the image, all nine taps of a tile of outputs and inputs at once: conv_strips.cuh. Grid splits * tiles,
-//   blocks of 384, 256 and 256 threads. Least bytes: g, y, x, and the partial tiles of all splits.
+// conv3x3_wgrad_24, _32, _40 (inputs of a warp) _s1, _s2 (the stride), f16 and bf16: grid splits * tiles as in
+//   StripShape, blocks of 384, 256 and 256 threads. Least bytes: g, y, x, and the partial tiles of all splits.
 // conv3x3_wgrad_sum: adds those to dweight. Grid: fragments of 16 outputs x 8 inputs of all tiles and taps, blocks of 256
 //   threads. Least bytes: the partial tiles and twice dweight.
 

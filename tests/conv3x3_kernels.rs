@@ -363,6 +363,38 @@ fn blocks_walk_over_several_spatial_tiles() {
     exact::<bf16>(&device, conv, images, Epilogue::Moments, true);
 }
 
+/// Plans share kernels: one of a smaller halo does not take the memory away that an earlier one needs.
+#[test]
+fn plans_of_several_sizes_live_together() {
+    let Some(device) = device() else { return };
+    let conv = dense(1, Padding::Same, 8, 8);
+    let plans = [(14, 22), (12, 12)].map(|(h, w)| {
+        let x = Shape::new(1, h, w, 8);
+        (Conv3x3::<bf16>::plan(&device, &conv, x).unwrap(), x)
+    });
+    let shared =
+        plans.each_ref().map(|(plan, _)| plan.shape().fprop_work(Dtype::Bf16, OutputKind::Plain).shared);
+    assert!(shared[0] > shared[1]);
+    let mut workspace = Workspace::new(&device, 1).unwrap();
+    for (plan, x) in plans {
+        let (input, weight) = (vec![bf16::ONE; x.elements()], vec![bf16::ONE; conv.weights()]);
+        let (input, weight) = (device.upload(&input).unwrap(), device.upload(&weight).unwrap());
+        let mut y = device.zeros::<bf16>(x.elements()).unwrap();
+        let (input, mut view) = (input.as_view(), y.as_view_mut());
+        plan.fprop(
+            device.compute(),
+            Input::Plain(&input),
+            &weight.as_view(),
+            &mut view,
+            Output::Plain,
+            &mut workspace,
+        )
+        .unwrap();
+        // A corner has four pixels of eight inputs under the kernel.
+        assert_eq!(device.read(&y).unwrap()[0], bf16::from_f32(32.0));
+    }
+}
+
 /// A mean hundreds of times the deviation: what `Norm::check` allows depends on the range of values alone.
 #[test]
 fn moments_survive_a_large_mean() {

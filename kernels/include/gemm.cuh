@@ -87,11 +87,14 @@ struct GemmWalk {
 
 /// A thread's place in the turned tile.
 template <class Tile> struct GemmThread {
-    static constexpr unsigned groups = Tile::wn / 8, rows = 32 / groups;
-    unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    unsigned warp_m = warp / Tile::warps_n, warp_n = warp % Tile::warps_n;
+    static constexpr unsigned groups = Tile::wn / 8;
+    unsigned lane, warp, warp_m, warp_n;
     /// The first of its columns within the tile.
-    unsigned column = warp_n * Tile::wn + lane % groups * 8;
+    unsigned column;
+
+    __device__ __forceinline__ explicit GemmThread(unsigned thread = threadIdx.x)
+        : lane(thread % 32), warp(thread / 32), warp_m(warp / Tile::warps_n), warp_n(warp % Tile::warps_n),
+          column(warp_n * Tile::wn + lane % groups * 8) {}
 };
 
 template <class Tile, class A, class B> struct GemmMemory {
@@ -374,7 +377,8 @@ template <class Tile, class Epilogue, class RowOf>
 __device__ __forceinline__ void turn(float* memory, const float (&acc)[Tile::fragments_m][Tile::fragments_n][4],
                                      unsigned first_column, Epilogue& epilogue, RowOf row_of) {
     using Thread = GemmThread<Tile>;
-    const Thread thread;
+    // Its addresses and rows are not to stay in registers from tile to tile.
+    const Thread thread(opaque(threadIdx.x));
     float* piece = memory + thread.warp * Tile::turn_floats;
     const unsigned g = thread.lane / 4, t = thread.lane % 4;
     constexpr unsigned eights = Tile::turn_rows / 8, count = Tile::turn_rows * Thread::groups / 32;

@@ -8,3 +8,4 @@
 #include "ptx/matrix.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/mma.cuh"
+#include "ptx/opaque.cuh"

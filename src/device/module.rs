@@ -12,7 +12,7 @@ use crate::{Error, Result};
 use cudarc::driver::sys::CUfunction_attribute;
 use cudarc::driver::{CudaContext, CudaFunction};
 use cudarc::nvrtc::Ptx;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// The kernels of one `kernels/*.cu`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,7 +135,8 @@ impl Kernel {
         })
     }
 
-    /// Lets launches ask for up to `bytes` of dynamic shared memory; 48 KB without this.
+    /// Lets launches ask for up to `bytes` of dynamic shared memory; 48 KB without this. What was allowed before stays so, to
+    /// whomever: the kernel may be planned for several shapes.
     ///
     /// # Errors
     /// [`Error::Driver`] when that is more than the GPU has.
@@ -143,7 +144,13 @@ impl Kernel {
         let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         let value = i32::try_from(bytes).unwrap_or(i32::MAX);
         let doing = || format!("give the kernel `{}` {bytes} bytes of shared memory", self.entry.name);
+        // The driver keeps what was set last, so looking and setting are one for all threads.
+        static RAISING: Mutex<()> = Mutex::new(());
+        let _raising = RAISING.lock().unwrap_or_else(PoisonError::into_inner);
         self.context.bind_to_thread().doing(doing)?;
+        if self.function.get_attribute(attribute).doing(doing)? >= value {
+            return Ok(());
+        }
         self.function.set_attribute(attribute, value).doing(doing)
     }
 }

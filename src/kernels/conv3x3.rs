@@ -1,8 +1,10 @@
-//! The dense 3×3 convolution as implicit GEMM on tensor cores. Formulas, shapes and bytes are in `kernels/conv3x3.cu`. The
-//! first layer, which has 3 inputs, is [`Stem`](super::stem::Stem).
+//! The dense 3×3 convolution on tensor cores. Formulas, shapes and bytes are in `kernels/conv3x3.cu`. The first layer, which
+//! has 3 inputs, is [`Stem`](super::stem::Stem).
 //!
-//! What it reads is stored plainly, as block outputs are: padding is zero after whatever is applied on load, and where a row
-//! of a product is gathered a value is loaded nine times.
+//! With stride 1, f16 and bf16 are computed on spatial tiles of images, whose halo is loaded once, and the gradient of their
+//! weights down strips of images; everything else, and small images, as an implicit product, which loads a value once for
+//! each tap that it lies under. What is read is stored plainly, as block outputs are: padding is zero after whatever is
+//! applied on load.
 
 use super::conv_strips::{self, StripProblem, Strips};
 use super::conv_tile::{self, BOUNDS, Columns, ConvTiles};
@@ -504,12 +506,7 @@ impl<T: RawElement> Conv3x3<T> {
             shape,
             fprop: kernel(shape.fprop_work(dtype, OutputKind::Plain))?,
             dgrad: kernel(shape.dgrad_work(dtype, false))?,
-            wgrad: {
-                // Shapes share a kernel, and the last word counts: for all of them as much as any asks for.
-                let work = shape.wgrad_work(dtype).swap_remove(0);
-                let most = if dtype.storage() == Dtype::F32 { work.shared } else { conv_strips::SHARED };
-                kernel(Work { shared: most, ..work })?
-            },
+            wgrad: kernel(shape.wgrad_work(dtype).swap_remove(0))?,
             sum: module.kernel(SUM)?,
             element: PhantomData,
         })
@@ -691,7 +688,7 @@ fn plain<'a, 'b, T>(x: Input<'a, 'b, T>) -> Result<&'a CudaView<'b, T>> {
     match x {
         Input::Plain(x) => Ok(x),
         Input::Silu { .. } | Input::Gated { .. } => {
-            let problem = "its input must be stored plainly: it would be transformed nine times".into();
+            let problem = "its input must be stored plainly: it would be transformed for each tap".into();
             Err(Error::Shape { operation: OPERATION, problem })
         }
     }

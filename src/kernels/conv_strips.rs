@@ -63,7 +63,7 @@ const BLOCKS: u32 = 132;
 /// Pixels of y that a team takes at least: for them it leaves a partial tile.
 const LEAST_PIXELS: u32 = 256;
 /// Bytes that every GPU since Ampere lends a block.
-pub(super) const SHARED: u32 = 99 << 10;
+const SHARED: u32 = 99 << 10;
 /// Warps that keep the tensor cores of a multiprocessor busy.
 const BUSY: u32 = 8;
 

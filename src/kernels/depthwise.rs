@@ -243,7 +243,7 @@ impl DepthwiseShape {
         let Conv { kernel, stride, .. } = self.conv;
         let taps = (kernel * kernel) as u64;
         Work {
-            kernel: format!("depthwise_{direction}_{kernel}x{kernel}_s{stride}_{}", self.dtype),
+            kernel: format!("depthwise_{direction}_{kernel}x{kernel}_s{stride}_{}", self.dtype.suffix()),
             grid: [geometry.runs * self.tiles() as u32, 1, 1],
             shared: 0,
             cost: Cost {

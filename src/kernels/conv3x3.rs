@@ -255,7 +255,7 @@ impl Conv3x3Shape {
     /// that promise the most, from the second best on.
     pub fn choices(&self, dtype: Dtype, launch: Launch) -> Vec<Choice> {
         let ways = |channels: usize, spatial: &[Columns]| {
-            if dtype == Dtype::F32 {
+            if dtype.bytes() == 4 {
                 return Vec::new();
             }
             // Of tiles that hold all channels the smallest.
@@ -269,7 +269,7 @@ impl Conv3x3Shape {
         match launch {
             Launch::Fprop => ways(self.y.c, Columns::FORWARD),
             Launch::Dgrad => ways(self.x.c, Columns::BACKWARD),
-            Launch::Wgrad if dtype == Dtype::F32 => {
+            Launch::Wgrad if dtype.bytes() == 4 => {
                 [264, 528, 1056].map(|blocks| Choice::default().blocks(blocks)).to_vec()
             }
             Launch::Wgrad => (2..=RANKS).map(|rank| Choice::default().rank(rank)).collect(),

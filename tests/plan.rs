@@ -128,7 +128,7 @@ fn check_launches_of<T: FusedElement>(backend: Accelerated<T>, model: &str, imag
     let planned: Vec<Work> = planner.draw().into_iter().chain(planner.launches().iter().cloned()).collect();
     let launched = launched(backend, &network, kind);
     for (i, (work, launched)) in planned.iter().zip(&launched).enumerate() {
-        assert!(work.is(launched), "{model}, {} {i}: {work:?} was planned, {launched} launched", dtype);
+        assert!(work.is(launched), "{model}, {dtype} {i}: {work:?} was planned, {launched} launched");
     }
     assert_eq!(planned.len(), launched.len(), "{model}, {dtype}");
 }

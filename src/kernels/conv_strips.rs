@@ -119,7 +119,7 @@ impl Layout {
 
     /// Elements from pixel to pixel of g and y: an odd number of chunks.
     const fn y_pitch(&self) -> u32 {
-        (2 * self.warps_m | 1) * CHUNK
+        ((2 * self.warps_m) | 1) * CHUNK
     }
 
     /// The same of x.

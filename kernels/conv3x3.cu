@@ -44,7 +44,6 @@ constexpr unsigned side = 3, taps = side * side;
 
 template <class T> using Wide = GemmTile<T, 128, 128, 2, 4, 3>;
 template <class T> using Narrow = GemmTile<T, 128, 64, 4, 2, 3>;
-template <class T> using Slim = GemmTile<T, 128, 32, 4, 1, 3>;
 template <class T> using Weights = GemmTile<T, 64, 128, 2, 4, 3>;
 
 /// Where pixels of y lie in x.
@@ -301,11 +300,11 @@ __device__ __forceinline__ void fprop_tiles(const T* x, const T* weight, const F
                                             const ConvTiles& tiles, unsigned inputs, unsigned outputs,
                                             const GemmGrid& grid, const NormFinish& norm, float* partial,
                                             unsigned* counters) {
-    using Memory = ConvMemory<Tile, Direction::forward>;
+    using Memory = ConvMemory<Tile, Direction::forward, UnitStride::most_halo>;
     const ConvWalk walk = tile_walk(tiles, grid, Tile::bn);
     const unsigned pixels = tiles.images * tiles.height * tiles.width;
     ForwardEpilogue<Tile> epilogue(to, pixels, outputs, dynamic_shared<float>(Memory::pivots));
-    convolve<Tile, Direction::forward>(PlainHalo<T>{x, inputs}, weight, outputs, tiles, walk, epilogue);
+    convolve<Tile, Direction::forward>(PlainHalo<T>{x, inputs}, weight, outputs, UnitStride{tiles}, walk, epilogue);
     if (!to.moments) return;
     // A warp counts its own rows; the table is not needed any more, after the barriers of the last steps.
     static_assert(Tile::wm == 64 && Tile::warps_n == 1, "two rows for a lane");
@@ -332,8 +331,18 @@ __device__ __forceinline__ void dgrad_tiles(const T* g, const T* y, const float*
                                             const GemmGrid& grid) {
     const unsigned pixels = tiles.images * tiles.height * tiles.width;
     GradientEpilogue<Tile, 2> epilogue(GradientTarget<T>{dx, skip, nullptr, nullptr}, pixels, inputs);
-    convolve<Tile, Direction::backward>(OwingHalo<T>{g, y, owed, outputs}, weight, inputs, tiles,
+    convolve<Tile, Direction::backward>(OwingHalo<T>{g, y, owed, outputs}, weight, inputs, UnitStride{tiles},
                                         tile_walk(tiles, grid, Tile::bn), epilogue);
+}
+
+template <class Tile, class T>
+__device__ __forceinline__ void dgrad_cells(const T* g, const T* y, const float* owed, const T* weight, const T* skip,
+                                            T* dx, const CellStride& cells, unsigned inputs, unsigned outputs,
+                                            const GemmGrid& grid) {
+    const unsigned pixels = cells.tiles.images * cells.height * cells.width;
+    GradientEpilogue<Tile, 2> epilogue(GradientTarget<T>{dx, skip, nullptr, nullptr}, pixels, inputs);
+    convolve<Tile, Direction::backward>(OwingHalo<T>{g, y, owed, outputs}, weight, inputs, cells,
+                                        tile_walk(cells.tiles, grid, Tile::bn), epilogue);
 }
 
 template <class Tile, class T>
@@ -354,20 +363,22 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
 
 } // namespace
 
-#define EFFNETV2_CONV3X3(suffix, T, Tile)                                                                    \
-    extern "C" __global__ void __launch_bounds__(Tile<T>::threads, 512 / Tile<T>::threads) conv3x3_fprop_##suffix( \
+#define EFFNETV2_CONV3X3_FPROP(suffix, T, Tile)                                                              \
+    extern "C" __global__ void __launch_bounds__(Tile<T>::threads, 2) conv3x3_fprop_##suffix(                \
         const T* x, const T* weight, T* y, const float* bias, const T* skip, float* partial,                 \
         unsigned* counters, const NormFinish norm, const ConvShape shape, unsigned outputs, unsigned silu,   \
         unsigned moments, const GemmGrid grid) {                                                             \
         fprop<Tile<T>>(x, weight, ForwardOutput<T>{y, bias, skip, silu, moments}, shape, outputs, grid,      \
                        norm, partial, counters);                                                             \
     }                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(Tile<T>::threads, 512 / Tile<T>::threads)                   \
+    EFFNETV2_KERNEL(conv3x3_fprop_##suffix)
+
+#define EFFNETV2_CONV3X3_DGRAD(suffix, T, Tile)                                                              \
+    extern "C" __global__ void __launch_bounds__(Tile<T>::threads, 2)                                        \
         conv3x3_dgrad_##suffix(const T* g, const T* y, const float* owed, const T* weight, const T* skip,    \
                                T* dx, const GradientShape shape) {                                           \
         dgrad<Tile<T>>(g, y, owed, weight, skip, dx, shape);                                                 \
     }                                                                                                        \
-    EFFNETV2_KERNEL(conv3x3_fprop_##suffix)                                                                  \
     EFFNETV2_KERNEL(conv3x3_dgrad_##suffix)
 
 #define EFFNETV2_CONV3X3_WGRAD(suffix, T)                                                                    \
@@ -397,7 +408,18 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
     }                                                                                                        \
     EFFNETV2_KERNEL(conv3x3_dgrad_tiles##columns##_##suffix)
 
+#define EFFNETV2_CONV3X3_DGRAD_CELLS(suffix, T, columns, rows, blocks)                                       \
+    extern "C" __global__ void __launch_bounds__(128, blocks) conv3x3_dgrad_cells##columns##_##suffix(       \
+        const T* g, const T* y, const float* owed, const T* weight, const T* skip, T* dx,                    \
+        const CellStride cells, unsigned inputs, unsigned outputs, const GemmGrid grid) {                    \
+        dgrad_cells<GemmTile<T, rows, columns, 4, 1, 3>>(g, y, owed, weight, skip, dx, cells, inputs,        \
+                                                         outputs, grid);                                     \
+    }                                                                                                        \
+    EFFNETV2_KERNEL(conv3x3_dgrad_cells##columns##_##suffix)
+
 #define EFFNETV2_CONV3X3_TILES(suffix, T)              \
+    EFFNETV2_CONV3X3_DGRAD_CELLS(suffix, T, 32, 128, 2) \
+    EFFNETV2_CONV3X3_DGRAD_CELLS(suffix, T, 48, 64, 3) \
     EFFNETV2_CONV3X3_FPROP_TILES(suffix, T, 32, 4)     \
     EFFNETV2_CONV3X3_FPROP_TILES(suffix, T, 64, 2)     \
     EFFNETV2_CONV3X3_DGRAD_TILES(suffix, T, 32, 4)     \
@@ -406,13 +428,14 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
 
 EFFNETV2_CONV3X3_TILES(f16, f16)
 EFFNETV2_CONV3X3_TILES(bf16, bf16)
-EFFNETV2_CONV3X3(narrow_f32, float, Narrow)
-EFFNETV2_CONV3X3(narrow_f16, f16, Narrow)
-EFFNETV2_CONV3X3(narrow_bf16, bf16, Narrow)
-EFFNETV2_CONV3X3(wide_f16, f16, Wide)
-EFFNETV2_CONV3X3(wide_bf16, bf16, Wide)
-EFFNETV2_CONV3X3(slim_f16, f16, Slim)
-EFFNETV2_CONV3X3(slim_bf16, bf16, Slim)
+EFFNETV2_CONV3X3_FPROP(narrow_f32, float, Narrow)
+EFFNETV2_CONV3X3_FPROP(narrow_f16, f16, Narrow)
+EFFNETV2_CONV3X3_FPROP(narrow_bf16, bf16, Narrow)
+EFFNETV2_CONV3X3_FPROP(wide_f16, f16, Wide)
+EFFNETV2_CONV3X3_FPROP(wide_bf16, bf16, Wide)
+EFFNETV2_CONV3X3_DGRAD(narrow_f32, float, Narrow)
+EFFNETV2_CONV3X3_DGRAD(narrow_f16, f16, Narrow)
+EFFNETV2_CONV3X3_DGRAD(narrow_bf16, bf16, Narrow)
 EFFNETV2_CONV3X3_WGRAD(f32, float)
 EFFNETV2_CONV3X3_WGRAD(f16, f16)
 EFFNETV2_CONV3X3_WGRAD(bf16, bf16)

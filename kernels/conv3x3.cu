@@ -12,14 +12,15 @@
 // f16 and bf16 run on tensor cores, f32 in plain arithmetic. Each direction is 18 * outputs * inputs operations for each
 // pixel of y. There are two mainloops, and nothing is lowered in memory by either:
 //
-// - With stride 1, f16 and bf16, fprop and dgrad work on spatial tiles (conv_halo.cuh, kernels named tiles*): 256 pixels of
-//   an image by 64, 48 (dgrad) or 32 columns. A tile's halo is fetched, and what it owes paid, once for all nine taps. The
-//   exception are images so small that they would leave more than half of the pixels of their tiles dead.
-// - All else is an implicit product (gemm.cuh): 128 x 128 (wide), 128 x 64 (narrow), 128 x 32 (slim) or, for dweight, 64 x
-//   128 tiles. The loaders below gather what lies under the kernel, 16 bytes of a pixel's channels at a time, so each
-//   value is fetched, and paid for, once for each tap that it lies under.
+// - In f16 and bf16 fprop of stride 1 and dgrad work on spatial tiles (conv_halo.cuh): 256 pixels of an image by 64, 48
+//   (dgrad) or 32 columns, or with stride 2 128 cells of four pixels by 32 columns or 64 by 48. A tile's halo is fetched, and
+//   what it owes paid, once for all nine taps. The exception are images so small that they would leave more than half of
+//   their tiles dead.
+// - All else is an implicit product (gemm.cuh): 128 x 128 (wide), 128 x 64 (narrow) or, for dweight, 64 x 128 tiles. The
+//   loaders below gather what lies under the kernel, 16 bytes of a pixel's channels at a time, so each value is fetched, and
+//   paid for, once for each tap that it lies under.
 //
-// Blocks have 256 threads, slim ones and those of spatial tiles 128.
+// Blocks have 256 threads, those of spatial tiles 128.
 //
 // conv3x3_fprop: rows are pixels of y, k is (kh, kw, i), as it lies in the weights. Stores y as ForwardOutput says: with the
 //   moments of batch norm, or folded for inference. Grid runs * groups as in GemmGrid, groups of `bn` outputs. Least bytes: x,
@@ -27,8 +28,8 @@
 // conv3x3_dgrad: rows are pixels of x, k is (tap, o). With stride 2 the pixels of x are four classes, by whether row and column
 //   are odd, that are reached by 1, 2, 2 and 4 taps: four products in one launch, no tap of which is a zero. Grid the sum
 //   over classes of runs * groups, groups of `bn` inputs. Least bytes: g, y, weight and dx once, skip if any.
-// conv3x3_fprop_tiles, conv3x3_dgrad_tiles: the same results, rows being pixels of spatial tiles, k (32 channels, tap, channel).
-//   Grid runs * groups as in GemmGrid, runs of spatial tiles. From the second level a block fetches for each tile its halo,
+// conv3x3_fprop_tiles, conv3x3_dgrad_tiles, conv3x3_dgrad_cells: the same results, rows being pixels of spatial tiles or cells,
+//   k (32 channels, tap, channel). Grid runs * groups as in GemmGrid, runs of tiles. A block fetches for each tile its halo,
 //   1.3 times its pixels, and the weights of its columns.
 // conv3x3_wgrad: rows are outputs, columns (kh, kw, i), k are pixels of y. Grid splits * tiles as in WeightGrid. Least bytes: g,
 //   y, x and twice dweight; with splits their partial tiles.

@@ -1,21 +1,23 @@
-// The mainloop of a 3x3 convolution of stride 1 over spatial tiles (conv_tile.cuh), f16 or bf16 on tensor cores, in f32 sums:
+// The mainloop of a 3x3 convolution over spatial tiles (conv_tile.cuh), f16 or bf16 on tensor cores, in f32 sums:
 //
 //     C[pixel, n] = sum over taps and channels k of A(pixel moved by the tap, k) W(n, tap, k)
 //
 //     using Tile = ConvTileOf<bf16, 48>;                         // block of 256 pixels x 48 columns, 4 x 1 warps
-//     convolve<Tile, Direction::backward>(halo, weights, tiles, walk, epilogue);
+//     convolve<Tile, Direction::backward>(halo, weights, columns, UnitStride{tiles}, walk, epilogue);
 //
 // A block of 128 threads computes, for one range of columns, the tiles walk.first .. + walk.count one after the other, the
-// pixels of a tile being 256 rows of a GEMM. For each chunk of 32 channels it has the halo of the tile in shared memory, once
+// pixels of a tile being the rows of a GEMM. For each chunk of 32 channels it has the halo of the tile in shared memory, once
 // for all nine taps: a tap is only an offset of the addresses that ldmatrix is given. A step is one tap of one chunk. While
-// the steps of a chunk run, the halo of the next one (of the next tile, too) is brought into a second buffer, a sixth of it
-// with each of the first six taps. Weights come by cp.async, `stages` - 1 steps ahead. A step has one barrier.
+// the steps of a chunk run, the halo of the next one (of the next tile, too) is brought into a second buffer, 64 pixels of it
+// with each of the first steps. Weights come by cp.async, `stages` - 1 steps ahead. A step has one barrier. dgrad of stride
+// 2 goes the same way, its rows being cells of four pixels, each with sums of its own: CellStride below.
 //
 // Why these numbers. What limits such a product is what it reads: from the second level for each tile its halo and all
-// weights of its columns, so a tile is as large as accumulators allow; from shared memory with each step 64 rows and bn
+// weights of its columns, so a tile is as large as sums fit in registers; from shared memory with each step 64 rows and bn
 // columns for a warp. A warp of 64 x 48 reads 4 + 3 times 512 bytes for 24 products of 16 x 8 x 16; with 32 x 48 it would be
 // 2 + 3 for 12. That takes 2 bn registers of a thread for sums: up to 168 registers and three blocks on a multiprocessor
-// with 48 columns, up to 255 and two with 64, up to 128 and four with 32.
+// with 48 columns, up to 255 and two with 64, up to 128 and four with 32. With stride 2 sums are of four classes: 2 bn
+// registers again with 64 cells for a block and 48 columns, 4 bn with 128 cells and 32 columns.
 //
 // How the halo comes:
 //

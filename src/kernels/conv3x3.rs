@@ -1,9 +1,9 @@
 //! The dense 3×3 convolution on tensor cores. Formulas, shapes and bytes are in `kernels/conv3x3.cu`. The first layer, which
 //! has 3 inputs, is [`Stem`](super::stem::Stem).
 //!
-//! With stride 1, f16 and bf16 are computed on spatial tiles of images, whose halo is loaded once; everything else, and small
-//! images, as an implicit product, which loads a value once for each tap that it lies under. What is read is stored plainly,
-//! as block outputs are: padding is zero after whatever is applied on load.
+//! f16 and bf16 are computed on spatial tiles of images, whose halo is loaded once, but for the output of a convolution of
+//! stride 2; that, f32 and small images as an implicit product, which loads a value once for each tap that it lies under.
+//! What is read is stored plainly, as block outputs are: padding is zero after whatever is applied on load.
 
 use super::conv_tile::{self, BOUNDS, CellStride, Columns, ConvTiles};
 use super::gemm::{FastDivisor, Grid, RUNS, THREADS, Tile, WeightGrid, step_elements};

@@ -60,7 +60,7 @@ fn benchmarks(bench: &mut Bench) -> Result<()> {
         };
         bench.case(&name, &[shape.fprop_work(Dtype::Bf16, OutputKind::Moments)], set, fprop)?;
         bench.case(&name, &[shape.dgrad_work(Dtype::Bf16, false)], set, dgrad)?;
-        bench.case(&name, &[shape.wgrad_work(Dtype::Bf16)], set, wgrad)?;
+        bench.case(&name, &shape.wgrad_work(Dtype::Bf16), set, wgrad)?;
     }
     Ok(())
 }

@@ -10,17 +10,18 @@
 //   dx[n, ih, iw, i]        = skip + sum over o and the kh, kw that reach ih, iw of dy[n, oh, ow, o] weight[o, kh, kw, i]
 //
 // f16 and bf16 run on tensor cores, f32 in plain arithmetic. Each direction is 18 * outputs * inputs operations for each
-// pixel of y. There are two mainloops, and nothing is lowered in memory by either:
+// pixel of y. There are three mainloops, and nothing is lowered in memory by any:
 //
 // - In f16 and bf16 fprop of stride 1 and dgrad work on spatial tiles (conv_halo.cuh): 256 pixels of an image by 64, 48
 //   (dgrad) or 32 columns, or with stride 2 128 cells of four pixels by 32 columns or 64 by 48. A tile's halo is fetched, and
 //   what it owes paid, once for all nine taps. The exception are images so small that they would leave more than half of
 //   their tiles dead.
+// - For f16 and bf16, dweight is summed down strips of images (conv_strips.cuh), all nine taps of a tile at once.
 // - All else is an implicit product (gemm.cuh): 128 x 128 (wide), 128 x 64 (narrow) or, for dweight, 64 x 128 tiles. The
 //   loaders below gather what lies under the kernel, 16 bytes of a pixel's channels at a time, so each value is fetched, and
 //   paid for, once for each tap that it lies under.
 //
-// Blocks have 256 threads, those of spatial tiles 128.
+// Blocks have 256 threads, those of spatial tiles 128, and some of strips 384.
 //
 // conv3x3_fprop: rows are pixels of y, k is (kh, kw, i), as it lies in the weights. Stores y as ForwardOutput says: with the
 //   moments of batch norm, or folded for inference. Grid runs * groups as in GemmGrid, groups of `bn` outputs. Least bytes: x,
@@ -31,10 +32,15 @@
 // conv3x3_fprop_tiles, conv3x3_dgrad_tiles, conv3x3_dgrad_cells: the same results, rows being pixels of spatial tiles or cells,
 //   k (32 channels, tap, channel). Grid runs * groups as in GemmGrid, runs of tiles. A block fetches for each tile its halo,
 //   1.3 times its pixels, and the weights of its columns.
-// conv3x3_wgrad: rows are outputs, columns (kh, kw, i), k are pixels of y. Grid splits * tiles as in WeightGrid. Least bytes: g,
-//   y, x and twice dweight; with splits their partial tiles.
+// conv3x3_wgrad_f32: rows are outputs, columns (kh, kw, i), k are pixels of y. Grid splits * tiles as in WeightGrid. Least
+//   bytes: g, y, x and twice dweight; with splits their partial tiles.
+// conv3x3_wgrad_24, _32, _40 (inputs of a warp) _s1, _s2 (the stride), f16 and bf16: grid splits * tiles as in
+//   StripShape, blocks of 384, 256 and 256 threads. Least bytes: g, y, x, and the partial tiles of all splits.
+// conv3x3_wgrad_sum: adds those to dweight. Grid: fragments of 16 outputs x 8 inputs of all tiles and taps, blocks of 256
+//   threads. Least bytes: the partial tiles and twice dweight.
 
 #include "include/conv_halo.cuh"
+#include "include/conv_strips.cuh"
 #include "include/gemm_epilogue.cuh"
 #include "include/gemm_operands.cuh"
 #include "include/gemm_weight.cuh"
@@ -382,6 +388,14 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
     }                                                                                                        \
     EFFNETV2_KERNEL(conv3x3_dgrad_##suffix)
 
+/// By the inputs of a warp and the stride.
+#define EFFNETV2_CONV3X3_STRIPS(inputs, stride, threads, suffix, T)                                          \
+    extern "C" __global__ void __launch_bounds__(threads, 1) conv3x3_wgrad_##inputs##_s##stride##_##suffix(  \
+        const T* g, const T* y, const float* owed, const T* x, float* partial, const StripShape shape) {     \
+        strip_wgrad<T, stride, inputs / 8>(g, y, owed, x, partial, shape);                                   \
+    }                                                                                                        \
+    EFFNETV2_KERNEL(conv3x3_wgrad_##inputs##_s##stride##_##suffix)
+
 #define EFFNETV2_CONV3X3_WGRAD(suffix, T)                                                                    \
     extern "C" __global__ void __launch_bounds__(Weights<T>::threads, 2)                                     \
         conv3x3_wgrad_##suffix(const T* g, const T* y, const float* owed, const T* x, float* dweight,        \
@@ -438,5 +452,21 @@ EFFNETV2_CONV3X3_DGRAD(narrow_f32, float, Narrow)
 EFFNETV2_CONV3X3_DGRAD(narrow_f16, f16, Narrow)
 EFFNETV2_CONV3X3_DGRAD(narrow_bf16, bf16, Narrow)
 EFFNETV2_CONV3X3_WGRAD(f32, float)
-EFFNETV2_CONV3X3_WGRAD(f16, f16)
-EFFNETV2_CONV3X3_WGRAD(bf16, bf16)
+EFFNETV2_CONV3X3_STRIPS(24, 1, 384, f16, f16)
+EFFNETV2_CONV3X3_STRIPS(24, 2, 384, f16, f16)
+EFFNETV2_CONV3X3_STRIPS(32, 1, 256, f16, f16)
+EFFNETV2_CONV3X3_STRIPS(32, 2, 256, f16, f16)
+EFFNETV2_CONV3X3_STRIPS(40, 1, 256, f16, f16)
+EFFNETV2_CONV3X3_STRIPS(40, 2, 256, f16, f16)
+EFFNETV2_CONV3X3_STRIPS(24, 1, 384, bf16, bf16)
+EFFNETV2_CONV3X3_STRIPS(24, 2, 384, bf16, bf16)
+EFFNETV2_CONV3X3_STRIPS(32, 1, 256, bf16, bf16)
+EFFNETV2_CONV3X3_STRIPS(32, 2, 256, bf16, bf16)
+EFFNETV2_CONV3X3_STRIPS(40, 1, 256, bf16, bf16)
+EFFNETV2_CONV3X3_STRIPS(40, 2, 256, bf16, bf16)
+
+extern "C" __global__ void __launch_bounds__(256) conv3x3_wgrad_sum(const float* partial, float* dweight,
+                                                                    const StripShape shape, unsigned fragments) {
+    sum_strips(partial, dweight, shape, fragments);
+}
+EFFNETV2_KERNEL(conv3x3_wgrad_sum)

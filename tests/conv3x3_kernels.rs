@@ -20,6 +20,7 @@ use effnetv2::tensor::{Conv, ConvKind, Dtype, Padding, Real, Shape};
 use elements::{EPSILON, Sample, unwritten, wide, written};
 use half::{bf16, f16};
 use proptest::prelude::*;
+use std::collections::BTreeSet;
 
 type Images = (usize, usize, usize);
 
@@ -315,8 +316,36 @@ fn blocks_walk_over_several_tiles() {
     let grid = |work: effnetv2::kernels::Work| work.grid[0];
     assert!(grid(shape.fprop_work(Dtype::Bf16, OutputKind::Moments)) < tiles);
     assert!(grid(shape.dgrad_work(Dtype::Bf16, false)) < 4 * tiles);
-    assert!(grid(shape.wgrad_work(Dtype::Bf16)) > 16);
+    assert!(grid(shape.wgrad_work(Dtype::F32).remove(0)) > 16);
+    assert!(grid(shape.wgrad_work(Dtype::Bf16).remove(0)) > 8);
+    exact::<f32>(&device, conv, images, Epilogue::Plain, false);
     exact::<bf16>(&device, conv, images, Epilogue::Moments, true);
+}
+
+/// The gradient of the weights in 16 bits has a kernel for each stride and number of inputs of a warp: all of them, with tiles
+/// of several warps along inputs and outputs, several teams, strips entered in their middle, and several tiles.
+#[test]
+fn every_layout_of_strips_is_exact() {
+    let Some(device) = device() else { return };
+    let mut kernels = BTreeSet::new();
+    for (inputs, outputs) in
+        [(24, 24), (24, 208), (48, 104), (96, 40), (32, 40), (64, 72), (40, 40), (80, 72)]
+    {
+        for (stride, padding, images) in [
+            (1, Padding::Same, (2, 21, 19)),
+            (2, Padding::Same, (2, 26, 35)),
+            (2, Padding::Symmetric, (1, 38, 37)),
+        ] {
+            let conv = dense(stride, padding, inputs, outputs);
+            let (n, h, w) = images;
+            let works =
+                Conv3x3Shape::new(&conv, Shape::new(n, h, w, inputs)).unwrap().wgrad_work(Dtype::Bf16);
+            kernels.insert(works[0].kernel.clone());
+            exact::<bf16>(&device, conv, images, Epilogue::Plain, false);
+        }
+    }
+    let names = |inputs| [1, 2].map(|stride| format!("conv3x3_wgrad_{inputs}_s{stride}_bf16"));
+    assert_eq!(kernels, [24, 32, 40].into_iter().flat_map(names).collect());
 }
 
 /// The same of spatial tiles, of which there are more than 512 runs of fprop and twice 1024 blocks of dgrad.
@@ -331,6 +360,7 @@ fn many_spatial_tiles_are_exact() {
     assert_eq!(grid(shape.dgrad_work(Dtype::Bf16, false)), 1024);
     exact::<bf16>(&device, conv, images, Epilogue::Moments, true);
 }
+
 /// Plans share kernels: one of a smaller halo does not take the memory away that an earlier one needs.
 #[test]
 fn plans_of_several_sizes_live_together() {
@@ -553,9 +583,15 @@ fn costs_are_counted() {
     assert_eq!(folded.cost.bytes, work.cost.bytes + 2 * y + 4 * 192);
     let dgrad = shape.dgrad_work(Dtype::Bf16, true);
     assert_eq!(dgrad.cost.bytes, 2 * (2 * y + 2 * x + weights) + 4 * 3 * 192);
-    let wgrad = shape.wgrad_work(Dtype::Bf16);
+    let [wgrad, sum] = shape.wgrad_work(Dtype::Bf16).try_into().unwrap();
+    let partial = u64::from(wgrad.grid[0]) * 96 * 9 * 48;
+    assert_eq!((wgrad.kernel.as_str(), wgrad.grid), ("conv3x3_wgrad_24_s1_bf16", [132, 1, 1]));
+    assert_eq!(wgrad.cost.bytes, 2 * (2 * y + x) + 4 * (partial + 3 * 192));
+    assert_eq!(wgrad.cost.tensor_operations, 2 * pixels * weights);
+    assert_eq!((sum.kernel.as_str(), sum.cost.bytes), ("conv3x3_wgrad_sum", 4 * (partial + 2 * weights)));
+    let [wgrad] = shape.wgrad_work(Dtype::F32).try_into().unwrap();
     let partial = u64::from(wgrad.grid[0]) * 64 * 128;
-    assert_eq!(wgrad.cost.bytes, 2 * (2 * y + x) + 4 * (partial + 2 * weights + 3 * 192));
+    assert_eq!(wgrad.cost.bytes, 4 * (2 * y + x) + 4 * (partial + 2 * weights + 3 * 192));
 }
 
 #[test]

@@ -2,9 +2,11 @@
 //! has 3 inputs, is [`Stem`](super::stem::Stem).
 //!
 //! f16 and bf16 are computed on spatial tiles of images, whose halo is loaded once, but for the output of a convolution of
-//! stride 2; that, f32 and small images as an implicit product, which loads a value once for each tap that it lies under.
-//! What is read is stored plainly, as block outputs are: padding is zero after whatever is applied on load.
+//! stride 2, and the gradient of weights down strips of images. That output, f32 and small images are an implicit product,
+//! which loads a value once for each tap that it lies under. What is read is stored plainly, as block outputs are: padding
+//! is zero after whatever is applied on load.
 
+use super::conv_strips::{self, StripProblem, Strips};
 use super::conv_tile::{self, BOUNDS, CellStride, Columns, ConvTiles};
 use super::gemm::{FastDivisor, Grid, RUNS, THREADS, Tile, WeightGrid, step_elements};
 use super::operand::{Arrival, GradientOutput, GradientView, Input, NormFinish, Output, OutputKind};
@@ -21,12 +23,17 @@ use std::sync::Arc;
 const FPROP: &str = "ppppppp{56:8}{60:4}III{12:4}";
 const DGRAD: &str = "pppppp{344:4}";
 const WGRAD: &str = "ppppppp{60:4}I{16:4}";
+const STRIPS: &str = "ppppp{132:4}";
 const FPROP_TILES: &str = "ppppppp{56:8}{64:4}IIII{12:4}";
 const DGRAD_TILES: &str = "pppppp{64:4}II{12:4}";
 const DGRAD_CELLS: &str = "pppppp{88:4}II{12:4}";
 
 const fn entry(name: &'static str, signature: &'static str) -> Entry {
     Entry { name, signature, threads: THREADS }
+}
+
+const fn strips(name: &'static str, fragments: u32) -> Entry {
+    Entry { name, signature: STRIPS, threads: conv_strips::threads(fragments) }
 }
 
 const fn tiles(name: &'static str, signature: &'static str) -> Entry {
@@ -60,10 +67,23 @@ pub const FAMILY: Family = Family {
         tiles("conv3x3_dgrad_cells48_f16", DGRAD_CELLS),
         tiles("conv3x3_dgrad_cells48_bf16", DGRAD_CELLS),
         entry("conv3x3_wgrad_f32", WGRAD),
-        entry("conv3x3_wgrad_f16", WGRAD),
-        entry("conv3x3_wgrad_bf16", WGRAD),
+        strips("conv3x3_wgrad_24_s1_f16", 3),
+        strips("conv3x3_wgrad_24_s2_f16", 3),
+        strips("conv3x3_wgrad_32_s1_f16", 4),
+        strips("conv3x3_wgrad_32_s2_f16", 4),
+        strips("conv3x3_wgrad_40_s1_f16", 5),
+        strips("conv3x3_wgrad_40_s2_f16", 5),
+        strips("conv3x3_wgrad_24_s1_bf16", 3),
+        strips("conv3x3_wgrad_24_s2_bf16", 3),
+        strips("conv3x3_wgrad_32_s1_bf16", 4),
+        strips("conv3x3_wgrad_32_s2_bf16", 4),
+        strips("conv3x3_wgrad_40_s1_bf16", 5),
+        strips("conv3x3_wgrad_40_s2_bf16", 5),
+        entry("conv3x3_wgrad_sum", "pp{132:4}I"),
     ],
 };
+
+const SUM: &str = "conv3x3_wgrad_sum";
 
 const SIDE: u32 = 3;
 const TAPS: usize = 9;
@@ -302,9 +322,16 @@ impl Conv3x3Shape {
         Grid { tiles: of_block, runs: tiles.count().div_ceil(of_block), groups }
     }
 
-    fn weight_grid(&self, dtype: Dtype) -> WeightGrid {
-        let step = step_elements(dtype.bytes());
+    /// Of the gradient of the weights in f32.
+    fn weight_grid(&self) -> WeightGrid {
+        let step = step_elements(Dtype::F32.bytes());
         WeightGrid::new(self.geometry.pixels, self.y.c as u32, self.columns(), step)
+    }
+
+    /// Of the same in f16 and bf16.
+    fn strips(&self) -> Strips {
+        let Geometry { stride, pad_top, pad_left, .. } = self.geometry;
+        Strips::new(&StripProblem { x: self.x, y: self.y, stride, pad_top, pad_left })
     }
 
     const fn cost(&self, bytes: usize) -> Cost {
@@ -407,22 +434,42 @@ impl Conv3x3Shape {
         }
     }
 
-    /// The launch of [`Conv3x3::wgrad`].
-    pub fn wgrad_work(&self, dtype: Dtype) -> Work {
-        let grid = self.weight_grid(dtype);
-        let elements = 2 * self.y.elements() + self.x.elements();
-        let floats = grid.partial() + 2 * self.weights() + 3 * self.y.c;
-        Work {
-            kernel: format!("conv3x3_wgrad_{}", dtype.suffix()),
-            grid: [grid.blocks(), 1, 1],
-            shared: Tile::WEIGHTS.shared(2),
-            cost: self.cost(dtype.bytes() * elements + 4 * floats),
+    /// The launches of [`Conv3x3::wgrad`]: in f32 one, else another one that adds up.
+    pub fn wgrad_work(&self, dtype: Dtype) -> Vec<Work> {
+        let read = dtype.bytes() * (2 * self.y.elements() + self.x.elements()) + 4 * 3 * self.y.c;
+        let dweight = 4 * 2 * self.weights();
+        if dtype == Dtype::F32 {
+            let grid = self.weight_grid();
+            return vec![Work {
+                kernel: "conv3x3_wgrad_f32".into(),
+                grid: [grid.blocks(), 1, 1],
+                shared: Tile::WEIGHTS.shared(2),
+                cost: self.cost(read + 4 * grid.partial() + dweight),
+            }];
         }
+        let strips = self.strips();
+        let partial = 4 * strips.partial();
+        let sum = Cost {
+            bytes: (partial + dweight) as u64,
+            tensor_operations: 0,
+            operations: strips.partial() as u64,
+        };
+        vec![
+            Work {
+                kernel: format!("conv3x3_wgrad_{}_{}", strips.name(), dtype.suffix()),
+                grid: [strips.blocks(), 1, 1],
+                shared: strips.shared,
+                cost: self.cost(read + partial),
+            },
+            Work { kernel: SUM.into(), grid: [strips.pieces(), 1, 1], shared: 0, cost: sum },
+        ]
     }
 
     /// Floats that the launches need in a [`Workspace`].
     pub fn workspace_floats(&self, dtype: Dtype) -> usize {
-        moment_floats(&self.grid(dtype), self.y.c).max(self.weight_grid(dtype).partial())
+        let of_weights =
+            if dtype == Dtype::F32 { self.weight_grid().partial() } else { self.strips().partial() };
+        moment_floats(&self.grid(dtype), self.y.c).max(of_weights)
     }
 }
 
@@ -439,6 +486,7 @@ pub struct Conv3x3<T> {
     fprop: Kernel,
     dgrad: Kernel,
     wgrad: Kernel,
+    sum: Kernel,
     element: PhantomData<fn() -> T>,
 }
 
@@ -460,7 +508,8 @@ impl<T: RawElement> Conv3x3<T> {
             shape,
             fprop: kernel(shape.fprop_work(T::DTYPE, OutputKind::Plain))?,
             dgrad: kernel(shape.dgrad_work(T::DTYPE, false))?,
-            wgrad: kernel(shape.wgrad_work(T::DTYPE))?,
+            wgrad: kernel(shape.wgrad_work(T::DTYPE).swap_remove(0))?,
+            sum: module.kernel(SUM)?,
             element: PhantomData,
         })
     }
@@ -603,24 +652,42 @@ impl<T: RawElement> Conv3x3<T> {
         workspace: &mut Workspace,
     ) -> Result<()> {
         let shape = &self.shape;
-        let work = shape.wgrad_work(T::DTYPE);
-        let grid = shape.weight_grid(T::DTYPE);
-        let outputs = shape.y.c as u32;
+        let works = shape.wgrad_work(T::DTYPE);
         let x = plain(x)?;
         let mut operands = Operands::new(OPERATION, &self.device, stream)?;
         operands.read("x", x, shape.x.elements())?;
         check_gradient(&gradient, &mut operands, shape.y)?;
         operands.write("the gradient of the weights", dweight, shape.weights())?;
-        workspace.check(OPERATION, grid.partial(), grid.counters())?;
+        let shapes = format_args!("{} to {}", shape.x, shape.y);
+        let [work, sum] = works.as_slice() else {
+            let (work, grid, outputs) = (&works[0], shape.weight_grid(), shape.y.c as u32);
+            workspace.check(OPERATION, grid.partial(), grid.counters())?;
+            let mut partial = workspace.partial.as_view_mut();
+            let mut counters = workspace.counters.as_view_mut();
+            let mut launch = self.wgrad.on(stream);
+            launch.input(gradient.g).input(gradient.y).input(gradient.owed).input(x).output(dweight);
+            launch.output(&mut partial).output(&mut counters);
+            launch.value(&shape.geometry).value(&outputs).value(&grid);
+            // SAFETY: all buffers have their shapes and what is written overlaps nothing else. A block reads pixels of its
+            // split and what lies under the kernel there, within the image alone, and writes its partial tile; the last
+            // block of each tile writes its weights, those that exist.
+            return unsafe { launch.run(work.grid, work.shared, shapes) };
+        };
+        let strips = shape.strips();
+        workspace.check(OPERATION, strips.partial(), 0)?;
         let mut partial = workspace.partial.as_view_mut();
-        let mut counters = workspace.counters.as_view_mut();
         let mut launch = self.wgrad.on(stream);
-        launch.input(gradient.g).input(gradient.y).input(gradient.owed).input(x).output(dweight);
-        launch.output(&mut partial).output(&mut counters).value(&shape.geometry).value(&outputs).value(&grid);
-        // SAFETY: all buffers have their shapes and what is written overlaps nothing else. A block reads pixels of its split
-        // and what lies under the kernel there, within the image alone, and writes its partial tile; the last block of each
-        // tile writes its weights, those that exist.
-        unsafe { launch.run(work.grid, work.shared, format_args!("{} to {}", shape.x, shape.y)) }
+        launch.input(gradient.g).input(gradient.y).input(gradient.owed).input(x);
+        launch.output(&mut partial).value(&strips.shape);
+        // SAFETY: all buffers have their shapes and what is written overlaps nothing else. A block reads rows of its strips
+        // and what lies under the kernel there, within the image alone, and writes its partial tile, for which there is room.
+        unsafe { launch.run(work.grid, work.shared, shapes)? };
+        let partial = workspace.partial.as_view();
+        let mut launch = self.sum.on(stream);
+        launch.input(&partial).output(dweight).value(&strips.shape).value(&strips.fragments);
+        // SAFETY: each block reads one fragment of all partial tiles, which the launch before has written, and writes its
+        // weights, those that exist.
+        unsafe { launch.run(sum.grid, sum.shared, shapes) }
     }
 }
 

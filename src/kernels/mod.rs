@@ -7,6 +7,7 @@
 
 pub mod batch_norm;
 pub mod conv3x3;
+mod conv_strips;
 mod conv_tile;
 pub mod depthwise;
 pub mod fused;

@@ -25,6 +25,7 @@ use crate::tensor::{ConvKind, Dtype, Shape};
 use crate::{Error, Result};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::iter;
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -281,13 +282,14 @@ impl Planner {
             Kind::Stem => {
                 let shape = StemShape::new(conv, x)?;
                 let dgrad = output.map(|_| shape.dgrad_work(dtype, false));
-                ([dgrad, Some(shape.wgrad_work(dtype, false))], shape.workspace_floats())
+                (vec![dgrad, Some(shape.wgrad_work(dtype, false))], shape.workspace_floats())
             }
             Kind::Dense => {
                 let shape = Conv3x3Shape::new(conv, x)?;
                 let skip = matches!(output, Some(GradientKind::Plain { skip: true }));
                 let dgrad = output.map(|_| shape.dgrad_work(dtype, skip));
-                ([dgrad, Some(shape.wgrad_work(dtype))], shape.workspace_floats(dtype))
+                let wgrad = shape.wgrad_work(dtype).into_iter().map(Some);
+                (iter::once(dgrad).chain(wgrad).collect(), shape.workspace_floats(dtype))
             }
             Kind::Depthwise => {
                 let shape = DepthwiseShape::new(conv, x, dtype)?;
@@ -296,7 +298,7 @@ impl Planner {
                     Some(GradientKind::Plain { skip }) => BackwardKind::Plain { skip },
                     _ => BackwardKind::Silu,
                 };
-                ([Some(shape.backward_work(gated, kind)), None], shape.workspace_floats())
+                (vec![Some(shape.backward_work(gated, kind))], shape.workspace_floats())
             }
             Kind::Pointwise => {
                 let shape = PointwiseWork::new(x, conv.outputs, dtype)?;
@@ -304,7 +306,7 @@ impl Planner {
                     Some(output) => shape.backward(input, output),
                     None => shape.wgrad(input),
                 };
-                ([Some(work), None], shape.workspace_floats())
+                (vec![Some(work)], shape.workspace_floats())
             }
         };
         self.needs(floats);

@@ -247,7 +247,7 @@ mod tests {
         assert_eq!(size_of::<CellStride>(), 88);
         for side in 1..20 {
             for pad in 0..2 {
-                let out = side.div_ceil(2);
+                let out = u32::div_ceil(side, 2);
                 let cells = CellStride::new(1, [side, side], [out, out], [pad, pad], BOUNDS);
                 let count = cells.tiles.height;
                 let held: Vec<u32> =

@@ -4,7 +4,7 @@ mod devices;
 
 use devices::{Bench, Layer, gradient};
 use effnetv2::Result;
-use effnetv2::kernels::pointwise::{Pointwise, PointwiseWork};
+use effnetv2::kernels::pointwise::{Passes, Pointwise, PointwiseWork};
 use effnetv2::kernels::{GradientKind, GradientOutput, Input, InputKind, Output, OutputKind};
 use effnetv2::tensor::{Dtype, Shape};
 use half::bf16;
@@ -13,6 +13,7 @@ use std::process::ExitCode;
 struct Set {
     plan: Pointwise<bf16>,
     kind: InputKind,
+    passes: Passes,
     layer: Layer,
 }
 
@@ -66,9 +67,42 @@ fn wgrad(set: &mut Set) -> Result<()> {
     })
 }
 
+fn backward(set: &mut Set) -> Result<()> {
+    let Layer { device, x, dx, y, g, weight, dweight, input, output, gate, sums, workspace } = &mut set.layer;
+    let (x, weight, gate) = (x.as_view(), weight.as_view(), gate.as_view());
+    let (mut dx, mut dweight) = (dx.as_view_mut(), dweight.as_view_mut());
+    let (plan, passes, stream) = (&set.plan, set.passes, device.compute());
+    gradient((g, y, output), |gradient| {
+        let mut run = |input: Input<'_, '_, bf16>, output: GradientOutput<'_, '_, bf16>| {
+            plan.backward_in(
+                passes,
+                stream,
+                input,
+                gradient,
+                &weight,
+                &mut dx,
+                &mut dweight,
+                output,
+                workspace,
+            )
+        };
+        match set.kind {
+            InputKind::Plain => run(Input::Plain(&x), GradientOutput::Plain { skip: None }),
+            InputKind::Silu => input
+                .debt(|norm, debt| run(Input::Silu { y: &x, norm }, GradientOutput::Silu { y: &x, debt })),
+            InputKind::Gated => {
+                let (norm, mut sums) = (input.norm.as_view(), sums.as_view_mut());
+                let output = GradientOutput::Gated { y: &x, norm: &norm, sums: &mut sums };
+                run(Input::Gated { y: &x, norm: &norm, gate: &gate }, output)
+            }
+        }
+    })
+}
+
 /// side, inputs, outputs, and how the input is read: the projections of both kinds of block, expansions, and the head.
 const LAYERS: &[(usize, usize, usize, InputKind)] = &[
     (75, 192, 48, InputKind::Silu),
+    (75, 96, 48, InputKind::Silu),
     (38, 256, 64, InputKind::Silu),
     (19, 128, 512, InputKind::Plain),
     (19, 512, 128, InputKind::Gated),
@@ -86,8 +120,9 @@ fn benchmarks(bench: &mut Bench) -> Result<()> {
         let name = format!("{x} to {outputs}, {kind:?}");
         let set = |device: &_| {
             let y = x.with_channels(outputs);
-            let layer = Layer::new(device, x, y, inputs * outputs, work.workspace_floats())?;
-            Ok(Set { plan: Pointwise::plan(device, x, outputs)?, kind, layer })
+            let floats = work.workspace_floats().max(work.one_pass_floats());
+            let layer = Layer::new(device, x, y, inputs * outputs, floats)?;
+            Ok(Set { plan: Pointwise::plan(device, x, outputs)?, kind, passes: Passes::Two, layer })
         };
         let gradient = match kind {
             InputKind::Plain => GradientKind::Plain { skip: false },
@@ -97,6 +132,11 @@ fn benchmarks(bench: &mut Bench) -> Result<()> {
         bench.case(&name, &[work.fprop(kind, OutputKind::Moments)], set, fprop)?;
         bench.case(&name, &[work.dgrad(gradient)], set, dgrad)?;
         bench.case(&name, &[work.wgrad(kind)], set, wgrad)?;
+        for passes in [Passes::Two, Passes::One] {
+            if let Some(work) = work.backward_in(passes, kind, gradient) {
+                bench.case(&name, &[work], |device| Ok(Set { passes, ..set(device)? }), backward)?;
+            }
+        }
     }
     Ok(())
 }

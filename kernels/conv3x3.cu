@@ -9,7 +9,7 @@
 //   dweight[o, kh, kw, i]  += sum over n, oh, ow of dy[n, oh, ow, o] x[n, s oh + kh - pad_top, s ow + kw - pad_left, i]
 //   dx[n, ih, iw, i]        = skip + sum over o and the kh, kw that reach ih, iw of dy[n, oh, ow, o] weight[o, kh, kw, i]
 //
-// f16 and bf16 run on tensor cores, f32 in plain arithmetic. Each direction is 18 * outputs * inputs operations for each
+// f16, bf16 and tf32 (f32 that tensor cores multiply) run on tensor cores, f32 in plain arithmetic. Each direction is 18 * outputs * inputs operations for each
 // pixel of y. There are three mainloops, and nothing is lowered in memory by any:
 //
 // - In f16 and bf16 fprop of stride 1 and dgrad work on spatial tiles (conv_halo.cuh): 256 pixels of an image by 64, 48
@@ -52,6 +52,8 @@ constexpr unsigned side = 3, taps = side * side;
 template <class T> using Wide = GemmTile<T, 128, 128, 2, 4, 3>;
 template <class T> using Narrow = GemmTile<T, 128, 64, 4, 2, 3>;
 template <class T> using Weights = GemmTile<T, 64, 128, 2, 4, 3>;
+template <class T> using NarrowTf32 = GemmTile<T, 128, 64, 4, 2, 3, true>;
+template <class T> using WeightsTf32 = GemmTile<T, 64, 128, 2, 4, 3, true>;
 
 /// Where pixels of y lie in x.
 struct ConvShape {
@@ -396,7 +398,7 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
     }                                                                                                        \
     EFFNETV2_KERNEL(conv3x3_wgrad_##inputs##_s##stride##_##suffix)
 
-#define EFFNETV2_CONV3X3_WGRAD(suffix, T)                                                                    \
+#define EFFNETV2_CONV3X3_WGRAD(suffix, T, Weights)                                                           \
     extern "C" __global__ void __launch_bounds__(Weights<T>::threads, 2)                                     \
         conv3x3_wgrad_##suffix(const T* g, const T* y, const float* owed, const T* x, float* dweight,        \
                                float* partial, unsigned* counters, const ConvShape shape, unsigned outputs,  \
@@ -444,14 +446,17 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
 EFFNETV2_CONV3X3_TILES(f16, f16)
 EFFNETV2_CONV3X3_TILES(bf16, bf16)
 EFFNETV2_CONV3X3_FPROP(narrow_f32, float, Narrow)
+EFFNETV2_CONV3X3_FPROP(narrow_tf32, float, NarrowTf32)
 EFFNETV2_CONV3X3_FPROP(narrow_f16, f16, Narrow)
 EFFNETV2_CONV3X3_FPROP(narrow_bf16, bf16, Narrow)
 EFFNETV2_CONV3X3_FPROP(wide_f16, f16, Wide)
 EFFNETV2_CONV3X3_FPROP(wide_bf16, bf16, Wide)
 EFFNETV2_CONV3X3_DGRAD(narrow_f32, float, Narrow)
+EFFNETV2_CONV3X3_DGRAD(narrow_tf32, float, NarrowTf32)
 EFFNETV2_CONV3X3_DGRAD(narrow_f16, f16, Narrow)
 EFFNETV2_CONV3X3_DGRAD(narrow_bf16, bf16, Narrow)
-EFFNETV2_CONV3X3_WGRAD(f32, float)
+EFFNETV2_CONV3X3_WGRAD(f32, float, Weights)
+EFFNETV2_CONV3X3_WGRAD(tf32, float, WeightsTf32)
 EFFNETV2_CONV3X3_STRIPS(24, 1, 384, f16, f16)
 EFFNETV2_CONV3X3_STRIPS(24, 2, 384, f16, f16)
 EFFNETV2_CONV3X3_STRIPS(32, 1, 256, f16, f16)

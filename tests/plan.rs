@@ -6,15 +6,18 @@ mod devices;
 
 use devices::{again_on_a_gpu, device};
 use effnetv2::backend::{Backend, Normalisation, PassKind, State, StepKey};
+use effnetv2::bench::tune::{candidates, possible};
 use effnetv2::data::MixPlan;
 use effnetv2::device::{Device, Launched};
-use effnetv2::kernels::fused::{Accelerated, FusedElement, Planner};
+use effnetv2::kernels::fused::{Accelerated, Convolution, FusedElement, Planner};
+use effnetv2::kernels::tuning::{Tuning, key};
 use effnetv2::kernels::{Cost, Work};
 use effnetv2::model::{Architecture, Dataflow, initial_values, traffic};
 use effnetv2::nn::Network;
 use effnetv2::optimizer::{Rule, Scalars, Step};
 use effnetv2::tensor::{ConvKind, Dtype};
 use half::{bf16, f16};
+use std::sync::Arc;
 
 const BATCH: usize = 256;
 
@@ -27,7 +30,7 @@ fn plan(model: &str, images: usize, side: usize, dtype: Dtype) -> (Network, Plan
     (network, planner)
 }
 
-/// V2-S at 300 px in bf16: bytes within 15 % of the fused dataflow, and half of what PyTorch keeps.
+/// V2-S at 300 px in bf16: bytes within 10 % of the fused dataflow, and half of what PyTorch keeps.
 #[test]
 fn a_step_of_s_moves_and_keeps_little() {
     let (network, planner) = plan("s", BATCH, 300, Dtype::Bf16);
@@ -36,7 +39,7 @@ fn a_step_of_s_moves_and_keeps_little() {
     let eager = traffic(network.spec(), 300, 2, Dataflow::Eager).kept;
     let kept = planner.footprint().passes() / BATCH;
     println!("{moved} bytes of {fused} an image, {kept} kept of {eager}");
-    assert!(moved as f64 <= 1.15 * fused as f64, "{moved} bytes moved, {fused} by the dataflow");
+    assert!(moved as f64 <= 1.10 * fused as f64, "{moved} bytes moved, {fused} by the dataflow");
     assert!(kept <= eager as usize / 2, "{kept} bytes kept, {eager} in PyTorch");
 }
 
@@ -53,7 +56,7 @@ fn a_step_of_s_takes_few_launches() {
 fn matrix_products_are_those_of_the_architecture() {
     let (images, side) = (8, 65);
     for model in ["nano", "b0", "s", "v1-b0"] {
-        for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+        for dtype in [Dtype::F32, Dtype::Tf32, Dtype::F16, Dtype::Bf16] {
             let (network, planner) = plan(model, images, side, dtype);
             let (mut side, mut macs) = (side, network.spec().head * network.spec().classes);
             for layer in network.convolutions() {
@@ -87,9 +90,12 @@ fn only_the_last_pass_of_a_step_moves_the_weights() {
 
 /// What the second step launches. The first makes the copy of the weights that convolutions read; later the optimizer
 /// keeps it.
-fn launched<T: FusedElement>(device: &Device, network: &Network, kind: PassKind) -> Vec<Launched> {
-    let layout = network.layout();
-    let mut backend = Accelerated::<T>::new(device, false).unwrap();
+fn launched<T: FusedElement>(
+    mut backend: Accelerated<T>,
+    network: &Network,
+    kind: PassKind,
+) -> Vec<Launched> {
+    let (device, layout) = (backend.device().clone(), network.layout());
     backend.prepare(|backend| network.rehearse_training(backend, kind, Rule::PAPER)).unwrap();
     let (params, stats) = initial_values::<f32>(layout, 0);
     let mut state = State::new(&backend, Rule::PAPER, params, stats).unwrap();
@@ -111,29 +117,83 @@ fn launched<T: FusedElement>(device: &Device, network: &Network, kind: PassKind)
     device.take_launches()
 }
 
+/// What a step launches by plan.
+fn planned(
+    network: &Network,
+    kind: PassKind,
+    dtype: Dtype,
+    tuning: Option<&Arc<Tuning>>,
+) -> (Planner, Vec<Work>) {
+    let mut planner = Planner::new(dtype);
+    if let Some(tuning) = tuning {
+        planner = planner.tuned(Arc::clone(tuning));
+    }
+    network.rehearse_training(&mut planner, kind, Rule::PAPER).unwrap();
+    let works = planner.draw().into_iter().chain(planner.launches().iter().cloned()).collect();
+    (planner, works)
+}
+
 /// A step launches what was planned, in that order, and nothing else.
 fn check_launches<T: FusedElement>(device: &Device, model: &str, images: usize) {
+    check_launches_of(Accelerated::<T>::new(device, false).unwrap(), model, images);
+}
+
+fn check_launches_of<T: FusedElement>(backend: Accelerated<T>, model: &str, images: usize) {
+    let dtype = backend.dtype();
     let network = Network::new(Architecture::find(model).unwrap().network(10));
     let kind = PassKind { images, side: 32, dropout: 0.2, first: true, last: true };
-    let mut planner = Planner::new(T::DTYPE);
-    network.rehearse_training(&mut planner, kind, Rule::PAPER).unwrap();
-    let planned: Vec<Work> = planner.draw().into_iter().chain(planner.launches().iter().cloned()).collect();
-    let launched = launched::<T>(device, &network, kind);
-    for (i, (work, launched)) in planned.iter().zip(&launched).enumerate() {
-        assert!(work.is(launched), "{model}, {} {i}: {work:?} was planned, {launched} launched", T::DTYPE);
+    let (_, by_rule) = planned(&network, kind, dtype, None);
+    compare(model, dtype, &by_rule, &launched(backend, &network, kind));
+}
+
+/// The same with everything chosen that can be: once all first choices, once all last.
+fn check_choices<T: FusedElement>(device: &Device, model: &str, images: usize) {
+    let network = Network::new(Architecture::find(model).unwrap().network(10));
+    let kind = PassKind { images, side: 32, dropout: 0.2, first: true, last: true };
+    let (planner, by_rule) = planned(&network, kind, T::DTYPE, None);
+    for last in [false, true] {
+        let mut tuning = Tuning::of(device, "test".into()).unwrap();
+        for candidate in candidates(planner.convolutions(), T::DTYPE) {
+            let possible = possible(&candidate, T::DTYPE).unwrap();
+            let Some(choice) = (if last { possible.last() } else { possible.first() }) else { continue };
+            let Convolution { conv, x, .. } = candidate.convolution;
+            tuning.add(key(&conv, x, T::DTYPE, candidate.launch), *choice, [1.0, 1.0]);
+        }
+        assert!(!tuning.launches.is_empty());
+        let tuning = Arc::new(tuning);
+        let (_, chosen) = planned(&network, kind, T::DTYPE, Some(&tuning));
+        // In f32 there is one kernel for each, and cut as by the rule where there is so little work.
+        assert!(chosen != by_rule || T::DTYPE == Dtype::F32, "{model}: nothing was chosen");
+        let backend = Accelerated::<T>::new(device, false).unwrap().tuned(Some(tuning));
+        compare(model, T::DTYPE, &chosen, &launched(backend, &network, kind));
     }
-    assert_eq!(planned.len(), launched.len(), "{model}, {}", T::DTYPE);
+}
+
+fn compare(model: &str, dtype: Dtype, planned: &[Work], launched: &[Launched]) {
+    for (i, (work, launched)) in planned.iter().zip(launched).enumerate() {
+        assert!(work.is(launched), "{model}, {dtype} {i}: {work:?} was planned, {launched} launched");
+    }
+    assert_eq!(planned.len(), launched.len(), "{model}, {dtype}");
 }
 
 #[test]
 fn what_is_planned_is_launched() {
     let Some(device) = device() else { return };
     check_launches::<f32>(&device, "nano", 3);
+    check_launches_of(Accelerated::in_tf32(&device, false).unwrap(), "nano", 3);
     check_launches::<f16>(&device, "nano", 3);
     check_launches::<bf16>(&device, "nano", 4);
     // Every kind of block there is, with kernels of 5×5 among them.
     check_launches::<bf16>(&device, "v1-b0", 2);
     check_launches::<bf16>(&device, "b0", 2);
+}
+
+#[test]
+fn what_is_chosen_is_launched() {
+    let Some(device) = device() else { return };
+    check_choices::<f32>(&device, "nano", 3);
+    check_choices::<f16>(&device, "nano", 3);
+    check_choices::<bf16>(&device, "nano", 4);
 }
 
 #[test]

@@ -11,7 +11,8 @@ use devices::{again_on_a_gpu, device};
 use effnetv2::Error;
 use effnetv2::backend::{Activation, VarianceEstimator};
 use effnetv2::device::Device;
-use effnetv2::kernels::pointwise::{Classifier, Pointwise, PointwiseWork};
+use effnetv2::kernels::pointwise::{Classifier, Passes, Pointwise, PointwiseWork};
+use effnetv2::kernels::tuning::Choices;
 use effnetv2::kernels::{
     Arrival, Debt, GradientKind, GradientOutput, GradientView, Input, InputKind, Output, OutputKind,
     Statistics, Workspace,
@@ -43,6 +44,8 @@ struct Variant {
 /// All tensors on the host.
 #[derive(Clone, Debug)]
 struct Data<T> {
+    /// How it is to be multiplied.
+    dtype: Dtype,
     /// The input, which is also what the gradient's epilogues differentiate.
     x: Raw<T>,
     gate: Vec<f32>,
@@ -66,6 +69,7 @@ impl<T: Sample> Data<T> {
         let out = shape.with_channels(outputs).elements();
         let reach = 1.0 / (shape.c as f64).sqrt();
         Self {
+            dtype: T::DTYPE,
             x: Raw::random(shape, seed),
             gate: draw(&mut stream, shape.n * shape.c, 0.0, 1.0),
             outputs,
@@ -92,6 +96,7 @@ impl<T: Sample> Data<T> {
         let floats =
             |count: usize, f: &dyn Fn(usize) -> i32| (0..count).map(|i| f(i) as f32).collect::<Vec<f32>>();
         Self {
+            dtype: T::DTYPE,
             x: Raw::integers(shape),
             gate: (0..shape.n * shape.c).map(|i| [1.0, 2.0, 0.5][i % 3]).collect(),
             outputs,
@@ -135,11 +140,21 @@ struct Outcome<T> {
     dweight: Vec<f32>,
 }
 
-fn on_device<T: Sample>(device: &Device, data: &Data<T>, variant: Variant) -> Outcome<T> {
+/// How the gradients are computed.
+#[derive(Clone, Copy, Debug)]
+enum Launches {
+    One(Passes),
+    /// One for each.
+    Each,
+}
+
+/// With the gradients of two passes, and also of one where that is possible.
+fn on_device<T: Sample>(device: &Device, data: &Data<T>, variant: Variant) -> Vec<Outcome<T>> {
     let stream = device.compute();
     let (shape, out, c, o) = (data.shape(), data.out(), data.shape().c, data.outputs);
-    let plan = Pointwise::<T>::plan(device, shape, o).unwrap();
-    let mut workspace = Workspace::new(device, plan.workspace_floats()).unwrap();
+    let plan = Pointwise::<T>::plan_with(device, shape, o, data.dtype, Choices::default()).unwrap();
+    let floats = plan.workspace_floats().max(plan.work().one_pass_floats());
+    let mut workspace = Workspace::new(device, floats).unwrap();
     let vector = |values: &[f32]| device.upload(values).unwrap();
     let tensor = |values: &[T]| device.upload(values).unwrap();
     let (x, weight, g, gy) = (tensor(&data.x.y), tensor(&data.weight), tensor(&data.g), tensor(&data.y));
@@ -186,7 +201,7 @@ fn on_device<T: Sample>(device: &Device, data: &Data<T>, variant: Variant) -> Ou
         };
         plan.fprop(stream, input, &weight, &mut views.3, output, &mut workspace).unwrap();
     }
-    let mut backward = |in_one: bool| {
+    let mut backward = |launches: Launches| {
         let mut dx = unwritten::<T>(device, shape.elements());
         let mut new_owed = unwritten::<f32>(device, 3 * c);
         let mut sums = unwritten::<f32>(device, 5 * shape.n * c);
@@ -210,30 +225,35 @@ fn on_device<T: Sample>(device: &Device, data: &Data<T>, variant: Variant) -> Ou
                 GradientKind::Gated => GradientOutput::Gated { y: &x, norm: &norm, sums: &mut views.3 },
             };
             let (dx, dweight, workspace) = (&mut views.4, &mut views.5, &mut workspace);
-            if in_one {
-                plan.backward(stream, input, gradient, &weight, dx, dweight, output, workspace).unwrap();
-            } else {
-                plan.wgrad(stream, input, gradient, dweight, workspace).unwrap();
-                plan.dgrad(stream, gradient, &weight, dx, output, workspace).unwrap();
+            match launches {
+                Launches::One(passes) => plan
+                    .backward_in(passes, stream, input, gradient, &weight, dx, dweight, output, workspace)
+                    .unwrap(),
+                Launches::Each => {
+                    plan.wgrad(stream, input, gradient, dweight, workspace).unwrap();
+                    plan.dgrad(stream, gradient, &weight, dx, output, workspace).unwrap();
+                }
             }
         }
         let vectors = [dgamma, dbeta, dweight].map(|v| device.read(&v).unwrap());
         (written(device, &dx), written(device, &new_owed), written(device, &sums), vectors)
     };
-    let gradients = backward(true);
-    assert_eq!(gradients, backward(false), "in one launch and in two");
-    let (dx, owed, sums, [dgamma, dbeta, dweight]) = gradients;
-    Outcome {
+    let two = backward(Launches::One(Passes::Two));
+    assert_eq!(two, backward(Launches::Each), "in one launch and in two");
+    let one = plan.work().backward_in(Passes::One, variant.input, variant.gradient);
+    let one = one.map(|_| backward(Launches::One(Passes::One)));
+    let outcome = |(dx, owed, sums, [dgamma, dbeta, dweight]): (_, _, _, [Vec<f32>; 3])| Outcome {
         y: written(device, &y),
         norm: written(device, &new_norm),
-        running: [running_mean, running_var].map(|v| device.read(&v).unwrap()),
+        running: [&running_mean, &running_var].map(|v| device.read(v).unwrap()),
         dx,
         dgamma,
         dbeta,
         owed,
         sums,
         dweight,
-    }
+    };
+    [Some(two), one].into_iter().flatten().map(outcome).collect()
 }
 
 /// Of an element: its value, or a bound.
@@ -306,6 +326,12 @@ impl<T: Sample> Data<T> {
         }
     }
 
+    /// What rounding both factors of a product to 11 significant bits may cost of it, where that is how they are
+    /// multiplied.
+    fn of_factors(&self) -> f64 {
+        if self.dtype == Dtype::Tf32 { 2.0 / 2048.0 + 1.0 / (2048.0 * 2048.0) } else { 0.0 }
+    }
+
     /// Of a product whose operand is `operand`: values, and bounds before the result is rounded.
     fn product(
         &self,
@@ -315,7 +341,7 @@ impl<T: Sample> Data<T> {
     ) -> (Tensor<f64>, Tensor<f64>) {
         let (weight, size) =
             (wide(&self.weight), self.weight.iter().map(|w| w.wide().abs()).collect::<Vec<_>>());
-        let share = operand.share + (terms + 8) as f64 * EPSILON;
+        let share = operand.share + self.of_factors() + (terms + 8) as f64 * EPSILON;
         let bound = multiply(&operand.size, &size);
         (multiply(&operand.value, &weight), tensor(bound.shape(), |i| share * bound.data()[i]))
     }
@@ -392,7 +418,10 @@ fn check_owed<T: Sample>(data: &Data<T>, actual: &Outcome<T>) {
 }
 
 fn check<T: Sample>(device: &Device, data: &Data<T>, variant: Variant) {
-    let actual = on_device(device, data, variant);
+    on_device(device, data, variant).iter().for_each(|actual| check_outcome(data, variant, actual));
+}
+
+fn check_outcome<T: Sample>(data: &Data<T>, variant: Variant, actual: &Outcome<T>) {
     let (shape, out, c, o) = (data.shape(), data.out(), data.shape().c, data.outputs);
 
     let input = data.input(variant.input);
@@ -409,7 +438,7 @@ fn check<T: Sample>(device: &Device, data: &Data<T>, variant: Variant) {
     }
     check_elements(&actual.y, &y, &bound, "y");
     if variant.output == OutputKind::Moments {
-        check_moments(data, &actual);
+        check_moments(data, actual);
     }
 
     let gradient = data.gradient(variant.factors);
@@ -455,7 +484,7 @@ fn check<T: Sample>(device: &Device, data: &Data<T>, variant: Variant) {
                 let slack = EPSILON * (1.0 + dgamma.abs());
                 close(actual.dgamma[k].into(), before + dgamma, bound + slack, format_args!("dgamma {k}"));
             }
-            check_owed(data, &actual);
+            check_owed(data, actual);
         }
         GradientKind::Gated => {
             check_elements(&actual.dx, &dx, &bound, "dx");
@@ -491,7 +520,7 @@ fn check<T: Sample>(device: &Device, data: &Data<T>, variant: Variant) {
     let (mut expected, mut size) = (vec![f64::from(BEFORE); c * o], vec![f64::from(BEFORE); c * o]);
     reference::backward_weight(&input.value, &gradient.value, &mut expected);
     reference::backward_weight(&input.size, &gradient.size, &mut size);
-    let share = input.share + gradient.share + (shape.pixels() + 24) as f64 * EPSILON;
+    let share = input.share + gradient.share + data.of_factors() + (shape.pixels() + 24) as f64 * EPSILON;
     for (i, &actual) in actual.dweight.iter().enumerate() {
         close(actual.into(), expected[i], 1.1 * share * size[i], format_args!("dweight {i}"));
     }
@@ -581,7 +610,9 @@ proptest! {
         seed in any::<u64>(),
     ) {
         let Some(device) = device() else { return Ok(()) };
-        check(&device, &Data::<f32>::random(shape, outputs, seed), variant);
+        let data = Data::<f32>::random(shape, outputs, seed);
+        check(&device, &data, variant);
+        check(&device, &Data { dtype: Dtype::Tf32, ..data }, variant);
         check(&device, &Data::<f16>::random(shape, outputs, seed), variant);
         check(&device, &Data::<bf16>::random(shape, outputs, seed), variant);
     }
@@ -614,8 +645,24 @@ fn wide_tiles_are_the_reference_s() {
 
 /// Every sum is of few small integers: f32 holds it, and the result is it, rounded to T.
 fn check_integers<T: Sample>(device: &Device, shape: Shape, outputs: usize, variant: Variant) {
-    let data = Data::<T>::integers(shape, outputs);
-    let actual = on_device(device, &data, variant);
+    check_integers_in::<T>(device, T::DTYPE, shape, outputs, variant);
+}
+
+/// The same, multiplied as `dtype` says.
+fn check_integers_in<T: Sample>(
+    device: &Device,
+    dtype: Dtype,
+    shape: Shape,
+    outputs: usize,
+    variant: Variant,
+) {
+    let data = Data::<T> { dtype, ..Data::integers(shape, outputs) };
+    let outcomes = on_device(device, &data, variant);
+    outcomes.iter().for_each(|actual| check_exactly(&data, variant, actual));
+}
+
+fn check_exactly<T: Sample>(data: &Data<T>, variant: Variant, actual: &Outcome<T>) {
+    let (shape, outputs) = (data.shape(), data.outputs);
     let (out, c) = (data.out(), shape.c);
     let weight = wide(&data.weight);
     let exact = |value: f64| T::of(value as f32);
@@ -681,11 +728,138 @@ fn integers_are_exact() {
         // SiLU of what may be small is no integer.
         let variant = Variant { act: Activation::Identity, ..VARIANTS[(i + 1) % VARIANTS.len()] };
         check_integers::<f32>(&device, shape, outputs, variant);
+        check_integers_in::<f32>(&device, Dtype::Tf32, shape, outputs, variant);
         check_integers::<f16>(&device, shape, outputs, variant);
         check_integers::<bf16>(&device, shape, outputs, variant);
     }
     let (shape, outputs) = WIDE;
     check_integers::<bf16>(&device, shape, outputs, VARIANTS[2]);
+}
+
+/// What tf32 has no bits for is gone before it is multiplied, in every direction; elements of other types are no tf32.
+#[test]
+fn tf32_rounds_the_factors() {
+    let Some(device) = device() else { return };
+    let (shape, outputs) = (Shape::new(1, 5, 7, 24), 40);
+    let mut data = Data::<f32>::integers(shape, outputs);
+    // 2⁻¹² too much: a quarter of the distance to the next number of tf32.
+    let beside = |values: &mut Vec<f32>| values.iter_mut().for_each(|v| *v *= 1.0 + 1.0 / 4096.0);
+    let exact = Data { dtype: Dtype::Tf32, ..data.clone() };
+    beside(&mut data.x.y);
+    beside(&mut data.weight);
+    let rounded = Data { dtype: Dtype::Tf32, ..data.clone() };
+    let [exact, rounded, full] =
+        [exact, rounded, data].map(|data| on_device(&device, &data, VARIANTS[0]).remove(0));
+    assert_eq!((&rounded.y, &rounded.dx, &rounded.dweight), (&exact.y, &exact.dx, &exact.dweight));
+    assert!(full.y != exact.y && full.dx != exact.dx && full.dweight != exact.dweight);
+    let plan = Pointwise::<bf16>::plan_with(&device, shape, outputs, Dtype::Tf32, Choices::default());
+    assert!(matches!(plan, Err(Error::Shape { .. })));
+}
+
+/// Both gradients in one pass: tiles of 32, 64 and 128 pixels; one, two and three groups of inputs, the last smaller; runs in
+/// more than 16 parts; a few images to a run, the last with fewer; runs of several tiles.
+const ONE_PASS: [(usize, usize, usize, usize, usize); 7] = [
+    (1, 21, 29, 200, 48),
+    (2, 9, 9, 328, 56),
+    (3, 7, 11, 520, 128),
+    (291, 1, 2, 40, 16),
+    (2, 13, 27, 16, 96),
+    (1, 1, 2 * 132 * 32 + 77, 104, 24),
+    (3, 15, 16, 72, 128),
+];
+
+#[test]
+fn one_pass_is_exact() {
+    let Some(device) = device() else { return };
+    for (i, (n, h, w, c, outputs)) in ONE_PASS.into_iter().enumerate() {
+        let shape = Shape::new(n, h, w, c);
+        for (j, variant) in [VARIANTS[0], VARIANTS[1], VARIANTS[2], VARIANTS[3]].into_iter().enumerate() {
+            let variant = Variant { act: Activation::Identity, ..variant };
+            let work = PointwiseWork::new(shape, outputs, Dtype::Bf16).unwrap();
+            assert!(work.backward_in(Passes::One, variant.input, variant.gradient).is_some(), "{shape}");
+            if (i + j) % 2 == 0 {
+                check_integers::<f16>(&device, shape, outputs, variant);
+            } else {
+                check_integers::<bf16>(&device, shape, outputs, variant);
+            }
+        }
+    }
+}
+
+#[test]
+fn one_pass_is_the_reference_s() {
+    let Some(device) = device() else { return };
+    for (i, (n, h, w, c, outputs)) in ONE_PASS.into_iter().enumerate() {
+        let data = Data::<bf16>::random(Shape::new(n, h, w, c), outputs, 6);
+        check(&device, &data, VARIANTS[1 + i % 3]);
+    }
+}
+
+/// An input whose SiLU is of one normalisation, and a gradient through another; and one pass where there is none.
+#[test]
+fn operands_that_do_not_fit_each_other_are_refused() {
+    let Some(device) = device() else { return };
+    let stream = device.compute();
+    let shape = Shape::new(2, 3, 3, 16);
+    let plan = Pointwise::<bf16>::plan(&device, shape, 24).unwrap();
+    let mut workspace = Workspace::new(&device, plan.work().one_pass_floats()).unwrap();
+    let (x, y, weight) = (device.zeros(288).unwrap(), device.zeros(432).unwrap(), device.zeros(384).unwrap());
+    let (x, y, weight) = (x.as_view(), y.as_view(), weight.as_view());
+    let vectors = device.zeros::<f32>(1024).unwrap();
+    let (norm, other, owed) = (vectors.slice(..64), vectors.slice(64..128), vectors.slice(128..200));
+    let gradient = GradientView { g: &y, y: &y, owed: &owed, arrival: Arrival::Alone };
+    let mut outputs = device.zeros::<f32>(1024).unwrap();
+    let mut dx = device.zeros(288).unwrap();
+    let mut outcome = |passes, input, of_gradient| {
+        let mut whole = outputs.as_view_mut();
+        let (mut dweight, mut rest) = whole.split_at_mut(384);
+        let (mut dgamma, mut rest) = rest.split_at_mut(16);
+        let (mut dbeta, mut rest) = rest.split_at_mut(16);
+        let mut owed = rest.slice_mut(..48);
+        let debt = Debt { norm: of_gradient, dgamma: &mut dgamma, dbeta: &mut dbeta, owed: &mut owed };
+        let (output, dx) = (GradientOutput::Silu { y: &x, debt }, &mut dx.as_view_mut());
+        plan.backward_in(passes, stream, input, gradient, &weight, dx, &mut dweight, output, &mut workspace)
+    };
+    let silu = Input::Silu { y: &x, norm: &norm };
+    for passes in [Passes::One, Passes::Two] {
+        assert!(outcome(passes, silu, &norm).is_ok());
+        assert!(matches!(outcome(passes, silu, &other), Err(Error::Shape { .. })), "{passes:?}");
+    }
+    assert!(outcome(Passes::Two, Input::Plain(&x), &other).is_ok());
+    assert!(matches!(outcome(Passes::One, Input::Plain(&x), &other), Err(Error::Shape { .. })));
+}
+
+/// It is taken where it moves fewer bytes: where channels are few and pixels many, and operands may be read once.
+#[test]
+fn one_pass_is_taken_where_it_pays() {
+    let of = |x, outputs, dtype| PointwiseWork::new(x, outputs, dtype).unwrap();
+    let (silu, plain) = (GradientKind::Silu, GradientKind::Plain { skip: true });
+    let x = Shape::new(256, 75, 75, 192);
+    let work = of(x, 48, Dtype::Bf16);
+    assert_eq!(work.passes(InputKind::Silu, silu), Passes::One);
+    let launch = work.backward(InputKind::Silu, silu);
+    assert_eq!((launch.kernel.as_str(), launch.grid), ("pointwise_one_pass_n64_bf16", [512, 1, 1]));
+    assert!(launch.shared <= 97 * 1024);
+    assert_eq!(launch.cost.tensor_operations, 4 * 256 * 75 * 75 * 192 * 48);
+    // g, y, x, dx; W, dW; partial results; vectors.
+    let (pixels, runs) = (256 * 75 * 75, 512);
+    let partial = 8 * runs * 192 * 48 + 16 * runs * 192;
+    let vectors = 12 * 48 + 16 * 192;
+    assert_eq!(launch.cost.bytes, 2 * pixels * 2 * (192 + 48) + (2 + 8) * 192 * 48 + partial + vectors);
+    let two = work.backward_in(Passes::Two, InputKind::Silu, silu).unwrap();
+    assert!(launch.cost.bytes * 100 < two.cost.bytes * 64, "{} of {}", launch.cost.bytes, two.cost.bytes);
+
+    for (work, input, output) in [
+        // Another type, two tensors in place of one, few pixels, many outputs, and what a third group would read again.
+        (of(x, 48, Dtype::F32), InputKind::Silu, silu),
+        (work, InputKind::Plain, silu),
+        (of(Shape { n: 1, h: 7, w: 7, ..x }, 48, Dtype::Bf16), InputKind::Silu, silu),
+        (of(x.with_channels(64), 256, Dtype::Bf16), InputKind::Plain, plain),
+        (of(Shape::new(256, 19, 19, 512), 128, Dtype::Bf16), InputKind::Gated, GradientKind::Gated),
+    ] {
+        assert_eq!(work.passes(input, output), Passes::Two, "{work:?}");
+        assert!(work.backward(input, output).kernel.contains("backward"), "{work:?}");
+    }
 }
 
 /// A block has several row tiles one after the other, the last run fewer, and the last tile is not full.
@@ -707,8 +881,8 @@ fn a_large_mean_costs_the_variance_nothing() {
     }
     data.x.y.iter_mut().step_by(8).for_each(|y| *y = 100.0);
     let variant = Variant { input: InputKind::Plain, ..VARIANTS[2] };
-    let actual = on_device(&device, &data, variant);
-    check_moments(&data, &actual);
+    let actual = &on_device(&device, &data, variant)[0];
+    check_moments(&data, actual);
     let moments = batch_norm::moments(&Tensor::from_vec(data.out(), wide(&actual.y)).unwrap());
     let share = |k: usize| moments.mean[k].abs() / moments.var[k].sqrt();
     assert!((0..16).all(|k| share(k) > 1e4), "the mean is not large");
@@ -721,7 +895,7 @@ fn the_directions_are_adjoint() {
     for (n, h, w, c, outputs) in [(2, 9, 8, 72, 136), (1, 13, 13, 24, 8)] {
         let mut data = Data::<f32>::random(Shape::new(n, h, w, c), outputs, 11);
         data.owed = [vec![1.0; outputs], vec![0.0; 2 * outputs]].concat();
-        let actual = on_device(&device, &data, VARIANTS[0]);
+        let actual = &on_device(&device, &data, VARIANTS[0])[0];
         let dot = |a: &[f32], b: &[f32]| -> [f64; 2] {
             let terms = || a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b));
             [terms().sum(), terms().map(f64::abs).sum()]
@@ -737,9 +911,11 @@ fn the_directions_are_adjoint() {
 #[test]
 fn results_repeat_bit_for_bit() {
     let Some(device) = device() else { return };
-    for (shape, outputs, variant) in
-        [(Shape::new(5, 13, 17, 72), 200, VARIANTS[2]), (Shape::new(3, 12, 11, 72), 40, VARIANTS[1])]
-    {
+    for (shape, outputs, variant) in [
+        (Shape::new(5, 13, 17, 72), 200, VARIANTS[2]),
+        (Shape::new(3, 12, 11, 72), 40, VARIANTS[1]),
+        (Shape::new(5, 13, 17, 264), 72, VARIANTS[2]),
+    ] {
         let data = Data::<bf16>::random(shape, outputs, 4);
         let run = |seed| {
             if let Some(control) = device.host_control() {

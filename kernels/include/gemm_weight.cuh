@@ -41,18 +41,48 @@ template <class Tile> struct WeightEpilogue {
     }
 };
 
-/// Partial tiles that one block adds up: a block cannot read many as fast as many blocks.
+/// Partial results that one block adds up: a block cannot read many as fast as many blocks.
 constexpr unsigned radix = 16;
 
-/// Of four neighbours the sum over `count` partial tiles, `stride` apart.
+/// Of four neighbours the sum over `count` partial results, `stride` apart, eight of them under way at a time.
 __device__ __forceinline__ float4 sum_partial(const float* partial, unsigned count, unsigned stride) {
+    constexpr unsigned batch = 8;
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 4
-    for (unsigned i = 0; i < count; ++i) {
-        const float4 v = load16<float4, Cache::l2>(partial + i * stride);
-        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+#pragma unroll 1
+    for (unsigned first = 0; first < count; first += batch) {
+        float4 v[batch];
+#pragma unroll
+        for (unsigned i = 0; i < batch; ++i)
+            v[i] = first + i < count ? load16<float4, Cache::l2>(partial + (first + i) * stride)
+                                     : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+        for (unsigned i = 0; i < batch; ++i) sum.x += v[i].x, sum.y += v[i].y, sum.z += v[i].z, sum.w += v[i].w;
     }
     return sum;
+}
+
+/// Adds the partial results of all `splits` to dW. `each(use)` calls use(offset, to) for the quads of the block's part of
+/// dW, shared among its threads: where a quad lies in the partial result of a split, which are `stride` floats apart, and
+/// where in dW. A counter for every `radix` splits, and one for the part.
+template <class Each>
+__device__ __forceinline__ void add_splits(const Each& each, float* partial, unsigned stride, unsigned splits,
+                                           unsigned split, unsigned* group_counters, unsigned* counter) {
+    const unsigned groups = (splits + radix - 1) / radix, group = split / radix;
+    const unsigned members = min(radix, splits - group * radix);
+    const auto add = [&](unsigned step, unsigned count) {
+        each([&](unsigned offset, float* to) {
+            const float4 sum = sum_partial(partial + offset, count, step * stride);
+            const float4 before = load16<float4>(to);
+            store16(to, make_float4(before.x + sum.x, before.y + sum.y, before.z + sum.z, before.w + sum.w));
+        });
+    };
+    if (!is_last_block(group_counters + group, members)) return;
+    if (groups == 1) return add(1, members);
+    float* const of_group = partial + group * radix * stride;
+    each([&](unsigned offset, float*) {
+        store16(of_group + offset, sum_partial(of_group + offset, members, stride));
+    });
+    if (is_last_block(counter, groups)) add(radix, groups);
 }
 
 /// Adds the partial tiles of all splits to dW; `block` is the block's number among those of the gradient.
@@ -61,8 +91,7 @@ __device__ __forceinline__ void add_partial(float* dweight, unsigned outputs, un
                                             unsigned block, float* partial, unsigned* counters) {
     constexpr unsigned elements = Tile::bm * Tile::bn;
     const unsigned tiles = grid.row_tiles * grid.column_tiles, tile = block % tiles, split = block / tiles;
-    const unsigned groups = (grid.splits + radix - 1) / radix, group = split / radix;
-    const unsigned members = min(radix, grid.splits - group * radix);
+    const unsigned groups = (grid.splits + radix - 1) / radix;
     const auto each = [&](auto use) {
         const unsigned first_row = tile / grid.column_tiles * Tile::bm;
         const unsigned first_column = tile % grid.column_tiles * Tile::bn;
@@ -71,16 +100,6 @@ __device__ __forceinline__ void add_partial(float* dweight, unsigned outputs, un
             if (row < outputs && column < inputs) use(e, dweight + row * inputs + column);
         }
     };
-    const auto add = [&](unsigned step, unsigned count) {
-        each([&](unsigned e, float* to) {
-            const float4 sum = sum_partial(partial + tile * elements + e, count, step * tiles * elements);
-            const float4 before = load16<float4>(to);
-            store16(to, make_float4(before.x + sum.x, before.y + sum.y, before.z + sum.z, before.w + sum.w));
-        });
-    };
-    if (!is_last_block(counters + tile * groups + group, members)) return;
-    if (groups == 1) return add(1, members);
-    float* const of_group = partial + (group * radix * tiles + tile) * elements;
-    each([&](unsigned e, float*) { store16(of_group + e, sum_partial(of_group + e, members, tiles * elements)); });
-    if (is_last_block(counters + tiles * groups + tile, groups)) add(radix, groups);
+    add_splits(each, partial + tile * elements, tiles * elements, grid.splits, split, counters + tile * groups,
+               counters + tiles * groups + tile);
 }

@@ -4,6 +4,7 @@ use super::compute::DtypeName;
 use super::output::say;
 use crate::backend::PassKind;
 use crate::kernels::fused::{Footprint, Planner};
+use crate::kernels::tuning::Tuning;
 use crate::kernels::{Cost, Work};
 use crate::model::{Architecture, Dataflow, traffic};
 use crate::nn::Network;
@@ -13,6 +14,7 @@ use crate::tensor::Dtype;
 use crate::train::progressive::check_side;
 use crate::{Error, Result};
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 /// List every launch of a training step with the least time it can take; no GPU is needed.
 ///
@@ -38,12 +40,15 @@ pub(super) struct Args {
     /// What device memory can move, in TB/s; the default is what a copy reaches on an H200.
     #[arg(long, value_name = "TB/S", default_value_t = 4.3, value_parser = positive)]
     bandwidth: f64,
-    /// What tensor cores can do in the instructions of these kernels, in TFLOP/s; the default is for an H200.
+    /// What tensor cores can do in the instructions of these kernels in f16, in TFLOP/s; the default is for an H200.
     #[arg(long, value_name = "TFLOP/S", default_value_t = 490.0, value_parser = positive)]
     tensor: f64,
     /// What everything else can do in f32, in TFLOP/s; the default is for an H200.
     #[arg(long, value_name = "TFLOP/S", default_value_t = 55.0, value_parser = positive)]
     vector: f64,
+    /// Launches as this file says, which `bench tune` wrote, whatever GPU it was measured on.
+    #[arg(long, value_name = "FILE")]
+    tuning: Option<PathBuf>,
     /// Leave out the launches and print what they come to.
     #[arg(long)]
     totals: bool,
@@ -66,8 +71,12 @@ struct Ceilings {
 
 impl Ceilings {
     fn of(args: &Args) -> Self {
-        // In f32 there are no tensor cores.
-        let tensor = if args.dtype == DtypeName::F32 { args.vector } else { args.tensor };
+        // In f32 there are no tensor cores, and tf32 is twice as wide as f16.
+        let tensor = match args.dtype {
+            DtypeName::F32 => args.vector,
+            DtypeName::Tf32 => args.tensor / 2.0,
+            DtypeName::F16 | DtypeName::Bf16 => args.tensor,
+        };
         Self {
             bytes: args.bandwidth * 1e12,
             tensor_operations: tensor * 1e12,
@@ -97,6 +106,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let (images, classes, dtype) = (args.batch as usize, args.classes as usize, Dtype::from(args.dtype));
     let network = Network::new(architecture.network(classes));
     let mut planner = Planner::new(dtype);
+    if let Some(path) = &args.tuning {
+        let tuning = Tuning::read(path)?;
+        say!("{} launches tuned for {} by {}", tuning.launches.len(), tuning.gpu, path.display())?;
+        planner = planner.tuned(tuning);
+    }
     let kind = PassKind { images, side: size, dropout: architecture.dropout, first: true, last: true };
     network.rehearse_training(&mut planner, kind, Rule::PAPER).map_err(|error| match error {
         Error::Shape { problem, .. } => Error::usage("--batch", images, problem),

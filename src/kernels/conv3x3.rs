@@ -7,10 +7,11 @@
 //! is zero after whatever is applied on load.
 
 use super::conv_strips::{self, StripProblem, Strips};
-use super::conv_tile::{self, BOUNDS, CellStride, Columns, ConvTiles};
-use super::gemm::{FastDivisor, Grid, RUNS, THREADS, Tile, WeightGrid, step_elements};
+use super::conv_tile::{self, BOUNDS, Bounds, CellStride, Columns, ConvTiles};
+use super::gemm::{FastDivisor, Grid, RUNS, THREADS, Tile, WEIGHT_BLOCKS, WeightGrid, step_elements};
 use super::operand::{Arrival, GradientOutput, GradientView, Input, NormFinish, Output, OutputKind};
-use super::raw::RawElement;
+use super::raw::{RawElement, check_storage};
+use super::tuning::{Choice, Choices, Launch, Way};
 use super::{Cost, Work, Workspace};
 use crate::backend::Activation;
 use crate::device::cudarc::driver::{CudaStream, CudaView, CudaViewMut, DeviceRepr};
@@ -45,11 +46,13 @@ pub const FAMILY: Family = Family {
     name: "conv3x3",
     kernels: &[
         entry("conv3x3_fprop_narrow_f32", FPROP),
+        entry("conv3x3_fprop_narrow_tf32", FPROP),
         entry("conv3x3_fprop_narrow_f16", FPROP),
         entry("conv3x3_fprop_narrow_bf16", FPROP),
         entry("conv3x3_fprop_wide_f16", FPROP),
         entry("conv3x3_fprop_wide_bf16", FPROP),
         entry("conv3x3_dgrad_narrow_f32", DGRAD),
+        entry("conv3x3_dgrad_narrow_tf32", DGRAD),
         entry("conv3x3_dgrad_narrow_f16", DGRAD),
         entry("conv3x3_dgrad_narrow_bf16", DGRAD),
         tiles("conv3x3_fprop_tiles32_f16", FPROP_TILES),
@@ -67,6 +70,7 @@ pub const FAMILY: Family = Family {
         tiles("conv3x3_dgrad_cells48_f16", DGRAD_CELLS),
         tiles("conv3x3_dgrad_cells48_bf16", DGRAD_CELLS),
         entry("conv3x3_wgrad_f32", WGRAD),
+        entry("conv3x3_wgrad_tf32", WGRAD),
         strips("conv3x3_wgrad_24_s1_f16", 3),
         strips("conv3x3_wgrad_24_s2_f16", 3),
         strips("conv3x3_wgrad_32_s1_f16", 4),
@@ -83,6 +87,8 @@ pub const FAMILY: Family = Family {
     ],
 };
 
+/// Layouts of strips that a tuning can choose from.
+const RANKS: u32 = 12;
 const SUM: &str = "conv3x3_wgrad_sum";
 
 const SIDE: u32 = 3;
@@ -197,8 +203,9 @@ pub struct Conv3x3Shape {
     x: Shape,
     y: Shape,
     geometry: Geometry,
-    /// With stride 1, where spatial tiles are better than an implicit product, if tensor cores multiply.
+    /// With stride 1, if tensor cores multiply.
     tiles: Option<ConvTiles>,
+    choices: Choices,
 }
 
 impl Conv3x3Shape {
@@ -235,8 +242,44 @@ impl Conv3x3Shape {
         };
         // With stride 1 the padding is 1, and x and y are images of one size.
         let tiles = (stride == 1).then(|| ConvTiles::new(x.n as u32, x.h as u32, x.w as u32, BOUNDS));
-        let tiles = tiles.filter(|tiles| tiles.are_filled(BOUNDS));
-        Ok(Self { x, y, geometry, tiles })
+        Ok(Self { x, y, geometry, tiles, choices: Choices::default() })
+    }
+
+    /// With launches as a tuning chooses them.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for what is none of [`choices`](Self::choices).
+    pub fn with(self, dtype: Dtype, choices: Choices) -> Result<Self> {
+        choices.check(OPERATION, |launch| self.choices(dtype, launch))?;
+        Ok(Self { choices, ..self })
+    }
+
+    /// What a tuning can choose from: an implicit product or, in f16 and bf16, spatial tiles, with columns of a tile; but
+    /// fprop of stride 2 is always a product. Of the gradient of the weights how many blocks there are, or in f16 and bf16 which of the layouts of strips
+    /// that promise the most, from the second best on.
+    pub fn choices(&self, dtype: Dtype, launch: Launch) -> Vec<Choice> {
+        let ways = |channels: usize, products: &[Tile], spatial: &[Columns]| {
+            if dtype.bytes() == 4 {
+                return Vec::new();
+            }
+            // Of tiles that hold all channels the smallest.
+            let most = (channels as u32).next_power_of_two().clamp(Tile::NARROW.columns, Tile::WIDE.columns);
+            let products = products.iter().map(|tile| tile.columns).filter(|&columns| columns <= most);
+            let products = products.map(|columns| Choice::by(Way::Product).columns(columns));
+            products
+                .chain(spatial.iter().map(|tile| Choice::by(Way::Spatial).columns(tile.columns)))
+                .collect()
+        };
+        let forward = if self.tiles.is_some() { Columns::FORWARD } else { &[] };
+        match launch {
+            Launch::Fprop => ways(self.y.c, &[Tile::NARROW, Tile::WIDE], forward),
+            Launch::Dgrad => ways(self.x.c, &[Tile::NARROW], self.gradient_columns()),
+            Launch::Wgrad if dtype.bytes() == 4 => {
+                [264, 528, 1056].map(|blocks| Choice::default().blocks(blocks)).to_vec()
+            }
+            Launch::Wgrad => (2..=RANKS).map(|rank| Choice::default().rank(rank)).collect(),
+            Launch::Backward => Vec::new(),
+        }
     }
 
     /// Of the input.
@@ -265,9 +308,12 @@ impl Conv3x3Shape {
     }
 
     /// Of fprop as an implicit product with so many columns: the widest that computes no more than narrower ones.
-    const fn tile(dtype: Dtype, columns: usize) -> Tile {
+    fn tile(dtype: Dtype, columns: usize, choice: Choice) -> Tile {
+        if let Some(chosen) = choice.columns.and_then(Tile::with_columns) {
+            return *chosen;
+        }
         match dtype {
-            Dtype::F32 => Tile::NARROW,
+            Dtype::F32 | Dtype::Tf32 => Tile::NARROW,
             Dtype::F16 | Dtype::Bf16 if columns.next_multiple_of(128) == columns.next_multiple_of(64) => {
                 Tile::WIDE
             }
@@ -275,36 +321,54 @@ impl Conv3x3Shape {
         }
     }
 
-    /// The spatial tiles of fprop and of dgrad with stride 1, if that is how they are computed.
-    const fn tiles(&self, dtype: Dtype) -> Option<ConvTiles> {
-        match dtype {
-            Dtype::F32 => None,
-            Dtype::F16 | Dtype::Bf16 => self.tiles,
-        }
+    /// The spatial tiles of fprop or of dgrad with stride 1, if that is how they are computed.
+    fn tiles(&self, dtype: Dtype, choice: Choice) -> Option<ConvTiles> {
+        self.tiles.filter(|tiles| Self::are_taken(tiles, BOUNDS, dtype, choice))
+    }
+
+    /// Whether tiles of pixels or cells are computed on.
+    fn are_taken(tiles: &ConvTiles, bounds: Bounds, dtype: Dtype, choice: Choice) -> bool {
+        let chosen = choice.way.map(|way| way == Way::Spatial);
+        dtype.bytes() == 2 && chosen.unwrap_or_else(|| tiles.are_filled(bounds))
+    }
+
+    fn forward_columns(&self) -> Columns {
+        let columns = self.choices.fprop.columns.and_then(|columns| Columns::with(columns, Columns::FORWARD));
+        columns.unwrap_or_else(|| Columns::forward(self.y.c as u32))
+    }
+
+    /// Of dgrad on spatial tiles, those there are.
+    const fn gradient_columns(&self) -> &'static [Columns] {
+        if self.geometry.stride == 1 { Columns::BACKWARD } else { Columns::CELLS }
+    }
+
+    fn backward_columns(&self) -> Columns {
+        let all = self.gradient_columns();
+        let columns = self.choices.dgrad.columns.and_then(|columns| Columns::with(columns, all));
+        columns.unwrap_or_else(|| Columns::of(self.x.c as u32, all))
     }
 
     /// Of fprop.
     fn grid(&self, dtype: Dtype) -> Grid {
-        let outputs = self.y.c as u32;
-        match self.tiles(dtype) {
-            Some(tiles) => Grid::cut(tiles.count(), Columns::forward(outputs).groups(outputs), RUNS),
-            None => Grid::new(self.geometry.pixels, outputs, &Self::tile(dtype, self.y.c)),
+        let (outputs, choice) = (self.y.c as u32, self.choices.fprop);
+        match self.tiles(dtype, choice) {
+            Some(tiles) => Grid::cut(tiles.count(), self.forward_columns().groups(outputs), RUNS),
+            None => Grid::new(self.geometry.pixels, outputs, &Self::tile(dtype, self.y.c, choice)),
         }
     }
 
     /// How dgrad is computed.
     fn gradient_way(&self, dtype: Dtype) -> GradientWay {
-        let (inputs, size) = (self.x.c as u32, |shape: Shape| [shape.h as u32, shape.w as u32]);
-        if let Some(tiles) = self.tiles(dtype) {
-            let columns = Columns::backward(inputs);
+        let (columns, choice) = (self.backward_columns(), self.choices.dgrad);
+        if let Some(tiles) = self.tiles(dtype, choice) {
             return GradientWay::Tiles(columns, tiles, self.gradient_grid(&columns, &tiles));
         }
         let Geometry { stride, pad_top, pad_left, .. } = self.geometry;
-        let columns = Columns::cells(inputs);
-        if stride == 2 && dtype != Dtype::F32 {
-            let (pad, images) = ([pad_top, pad_left], self.x.n as u32);
+        if stride == 2 {
+            let size = |shape: Shape| [shape.h as u32, shape.w as u32];
+            let (images, pad) = (self.x.n as u32, [pad_top, pad_left]);
             let cells = CellStride::new(images, size(self.x), size(self.y), pad, columns.bounds);
-            if cells.tiles.are_filled(columns.bounds) {
+            if Self::are_taken(&cells.tiles, columns.bounds, dtype, choice) {
                 return GradientWay::Cells(columns, cells, self.gradient_grid(&columns, &cells.tiles));
             }
         }
@@ -322,16 +386,18 @@ impl Conv3x3Shape {
         Grid { tiles: of_block, runs: tiles.count().div_ceil(of_block), groups }
     }
 
-    /// Of the gradient of the weights in f32.
+    /// Of the gradient of the weights in f32 and tf32.
     fn weight_grid(&self) -> WeightGrid {
         let step = step_elements(Dtype::F32.bytes());
-        WeightGrid::new(self.geometry.pixels, self.y.c as u32, self.columns(), step)
+        let blocks = self.choices.wgrad.blocks.unwrap_or(WEIGHT_BLOCKS);
+        WeightGrid::aiming(blocks, self.geometry.pixels, self.y.c as u32, self.columns(), step)
     }
 
     /// Of the same in f16 and bf16.
     fn strips(&self) -> Strips {
         let Geometry { stride, pad_top, pad_left, .. } = self.geometry;
-        Strips::new(&StripProblem { x: self.x, y: self.y, stride, pad_top, pad_left })
+        let problem = StripProblem { x: self.x, y: self.y, stride, pad_top, pad_left };
+        Strips::new(&problem, self.choices.wgrad.rank.map_or(0, |rank| rank as usize - 1))
     }
 
     const fn cost(&self, bytes: usize) -> Cost {
@@ -388,13 +454,13 @@ impl Conv3x3Shape {
     /// The launch of [`Conv3x3::fprop`].
     pub fn fprop_work(&self, dtype: Dtype, output: OutputKind) -> Work {
         let (grid, y) = (self.grid(dtype), self.y);
-        let (name, shared) = match self.tiles(dtype) {
+        let (name, shared) = match self.tiles(dtype, self.choices.fprop) {
             Some(tiles) => {
-                let columns = Columns::forward(y.c as u32);
+                let columns = self.forward_columns();
                 (columns.name, columns.shared_forward(tiles.halo()))
             }
             None => {
-                let tile = Self::tile(dtype, y.c);
+                let tile = Self::tile(dtype, y.c, self.choices.fprop);
                 (tile.name, tile.shared_forward())
             }
         };
@@ -407,7 +473,7 @@ impl Conv3x3Shape {
         };
         let bytes = size * (self.x.elements() + self.weights() + y.elements()) + extra;
         Work {
-            kernel: format!("conv3x3_fprop_{name}_{}", dtype.suffix()),
+            kernel: format!("conv3x3_fprop_{name}_{}", dtype.name()),
             grid: [grid.blocks(), 1, 1],
             shared,
             cost: self.cost(bytes),
@@ -427,21 +493,21 @@ impl Conv3x3Shape {
         };
         let elements = 2 * self.y.elements() + self.weights() + (1 + usize::from(skip)) * self.x.elements();
         Work {
-            kernel: format!("conv3x3_dgrad_{name}_{}", dtype.suffix()),
+            kernel: format!("conv3x3_dgrad_{name}_{}", dtype.name()),
             grid: [blocks, 1, 1],
             shared,
             cost: self.cost(dtype.bytes() * elements + 4 * 3 * self.y.c),
         }
     }
 
-    /// The launches of [`Conv3x3::wgrad`]: in f32 one, else another one that adds up.
+    /// The launches of [`Conv3x3::wgrad`]: in f32 and tf32 one, else another one that adds up.
     pub fn wgrad_work(&self, dtype: Dtype) -> Vec<Work> {
         let read = dtype.bytes() * (2 * self.y.elements() + self.x.elements()) + 4 * 3 * self.y.c;
         let dweight = 4 * 2 * self.weights();
-        if dtype == Dtype::F32 {
+        if dtype.storage() == Dtype::F32 {
             let grid = self.weight_grid();
             return vec![Work {
-                kernel: "conv3x3_wgrad_f32".into(),
+                kernel: format!("conv3x3_wgrad_{dtype}"),
                 grid: [grid.blocks(), 1, 1],
                 shared: Tile::WEIGHTS.shared(2),
                 cost: self.cost(read + 4 * grid.partial() + dweight),
@@ -456,7 +522,7 @@ impl Conv3x3Shape {
         };
         vec![
             Work {
-                kernel: format!("conv3x3_wgrad_{}_{}", strips.name(), dtype.suffix()),
+                kernel: format!("conv3x3_wgrad_{}_{}", strips.name(), dtype.name()),
                 grid: [strips.blocks(), 1, 1],
                 shared: strips.shared,
                 cost: self.cost(read + partial),
@@ -467,8 +533,11 @@ impl Conv3x3Shape {
 
     /// Floats that the launches need in a [`Workspace`].
     pub fn workspace_floats(&self, dtype: Dtype) -> usize {
-        let of_weights =
-            if dtype == Dtype::F32 { self.weight_grid().partial() } else { self.strips().partial() };
+        let of_weights = if dtype.storage() == Dtype::F32 {
+            self.weight_grid().partial()
+        } else {
+            self.strips().partial()
+        };
         moment_floats(&self.grid(dtype), self.y.c).max(of_weights)
     }
 }
@@ -482,6 +551,7 @@ const fn moment_floats(grid: &Grid, channels: usize) -> usize {
 #[derive(Debug)]
 pub struct Conv3x3<T> {
     device: Device,
+    dtype: Dtype,
     shape: Conv3x3Shape,
     fprop: Kernel,
     dgrad: Kernel,
@@ -496,7 +566,16 @@ impl<T: RawElement> Conv3x3<T> {
     /// # Errors
     /// Those of [`Conv3x3Shape::new`] and of [`Device::module`]; [`Error::Driver`] on a GPU with too little shared memory.
     pub fn plan(device: &Device, conv: &Conv, x: Shape) -> Result<Self> {
-        let shape = Conv3x3Shape::new(conv, x)?;
+        Self::plan_with(device, conv, x, T::DTYPE, Choices::default())
+    }
+
+    /// The same, multiplying as `dtype` says, with launches as a tuning chooses them.
+    ///
+    /// # Errors
+    /// Those of [`plan`](Self::plan) and of [`Conv3x3Shape::with`]; [`Error::Shape`] if elements of `dtype` are no `T`.
+    pub fn plan_with(device: &Device, conv: &Conv, x: Shape, dtype: Dtype, choices: Choices) -> Result<Self> {
+        check_storage::<T>(OPERATION, dtype)?;
+        let shape = Conv3x3Shape::new(conv, x)?.with(dtype, choices)?;
         let module = device.module(&FAMILY)?;
         let kernel = |work: Work| {
             let kernel = module.kernel(&work.kernel)?;
@@ -505,13 +584,19 @@ impl<T: RawElement> Conv3x3<T> {
         };
         Ok(Self {
             device: device.clone(),
+            dtype,
             shape,
-            fprop: kernel(shape.fprop_work(T::DTYPE, OutputKind::Plain))?,
-            dgrad: kernel(shape.dgrad_work(T::DTYPE, false))?,
-            wgrad: kernel(shape.wgrad_work(T::DTYPE).swap_remove(0))?,
+            fprop: kernel(shape.fprop_work(dtype, OutputKind::Plain))?,
+            dgrad: kernel(shape.dgrad_work(dtype, false))?,
+            wgrad: kernel(shape.wgrad_work(dtype).swap_remove(0))?,
             sum: module.kernel(SUM)?,
             element: PhantomData,
         })
+    }
+
+    /// How it multiplies.
+    pub const fn dtype(&self) -> Dtype {
+        self.dtype
     }
 
     /// The shapes, and what the launches cost.
@@ -521,7 +606,7 @@ impl<T: RawElement> Conv3x3<T> {
 
     /// Floats that the launches need in a [`Workspace`].
     pub fn workspace_floats(&self) -> usize {
-        self.shape.workspace_floats(T::DTYPE)
+        self.shape.workspace_floats(self.dtype)
     }
 
     /// y ← the convolution of x, finished as `output` says. `weight` is \[out, 3, 3, in\].
@@ -540,8 +625,8 @@ impl<T: RawElement> Conv3x3<T> {
         workspace: &mut Workspace,
     ) -> Result<()> {
         let shape = &self.shape;
-        let work = shape.fprop_work(T::DTYPE, output.kind());
-        let grid = shape.grid(T::DTYPE);
+        let work = shape.fprop_work(self.dtype, output.kind());
+        let grid = shape.grid(self.dtype);
         let outputs = shape.y.c as u32;
         let x = plain(x)?;
         let mut operands = Operands::new(OPERATION, &self.device, stream)?;
@@ -574,7 +659,7 @@ impl<T: RawElement> Conv3x3<T> {
             _ => launch.null().null(),
         };
         launch.output(&mut partial).output(&mut counters).value(&finish);
-        let tiles = shape.tiles(T::DTYPE);
+        let tiles = shape.tiles(self.dtype, shape.choices.fprop);
         let inputs = shape.x.c as u32;
         match &tiles {
             Some(tiles) => launch.value(tiles).value(&inputs),
@@ -612,9 +697,9 @@ impl<T: RawElement> Conv3x3<T> {
             operands.read("skip", skip, shape.x.elements())?;
         }
         operands.write("dx", dx, shape.x.elements())?;
-        let work = shape.dgrad_work(T::DTYPE, skip.is_some());
+        let work = shape.dgrad_work(self.dtype, skip.is_some());
         let (inputs, outputs) = (shape.x.c as u32, shape.y.c as u32);
-        let way = shape.gradient_way(T::DTYPE);
+        let way = shape.gradient_way(self.dtype);
         let mut launch = self.dgrad.on(stream);
         launch.input(gradient.g).input(gradient.y).input(gradient.owed).input(weight);
         match skip {
@@ -652,7 +737,7 @@ impl<T: RawElement> Conv3x3<T> {
         workspace: &mut Workspace,
     ) -> Result<()> {
         let shape = &self.shape;
-        let works = shape.wgrad_work(T::DTYPE);
+        let works = shape.wgrad_work(self.dtype);
         let x = plain(x)?;
         let mut operands = Operands::new(OPERATION, &self.device, stream)?;
         operands.read("x", x, shape.x.elements())?;

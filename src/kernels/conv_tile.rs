@@ -49,24 +49,26 @@ impl Columns {
     const CELLS48: Self =
         Self { name: "cells48", columns: 48, bounds: Bounds { pixels: 64, halo: CELL_HALO } };
 
-    /// Of those there are for fprop, whose sums over rows need a power of two, the widest that computes the fewest.
+    /// Those there are for fprop, whose sums over rows need a power of two.
+    pub(super) const FORWARD: &[Self] = &[Self::C64, Self::C32];
+    /// Those there are for dgrad.
+    pub(super) const BACKWARD: &[Self] = &[Self::C64, Self::C48, Self::C32];
+    /// Those there are for dgrad with stride 2.
+    pub(super) const CELLS: &[Self] = &[Self::CELLS32, Self::CELLS48];
+
+    /// Of those for fprop the widest that computes the fewest.
     pub(super) fn forward(columns: u32) -> Self {
-        Self::of(columns, &[Self::C64, Self::C32])
+        Self::of(columns, Self::FORWARD)
     }
 
-    /// Of those there are for dgrad.
-    pub(super) fn backward(columns: u32) -> Self {
-        Self::of(columns, &[Self::C64, Self::C48, Self::C32])
+    /// The one of `all` that has so many columns.
+    pub(super) fn with(columns: u32, all: &[Self]) -> Option<Self> {
+        all.iter().copied().find(|one| one.columns == columns)
     }
 
-    /// Of those there are for dgrad with stride 2.
-    pub(super) fn cells(columns: u32) -> Self {
-        Self::of(columns, &[Self::CELLS32, Self::CELLS48])
-    }
-
-    fn of(columns: u32, all: &[Self]) -> Self {
+    /// Of `all` the one that computes the fewest, the first of those that are equal.
+    pub(super) fn of(columns: u32, all: &[Self]) -> Self {
         let computed = |tile: &&Self| columns.next_multiple_of(tile.columns);
-        // The first of those that are equal.
         *all.iter().min_by_key(computed).unwrap_or(&Self::C64)
     }
 
@@ -235,9 +237,9 @@ mod tests {
     fn columns_fit_layers() {
         let forward = |columns| Columns::forward(columns).columns;
         assert_eq!([16, 24, 64, 80, 192, 256].map(forward), [32, 32, 64, 32, 64, 64]);
-        let backward = |columns| Columns::backward(columns).columns;
+        let backward = |columns| Columns::of(columns, Columns::BACKWARD).columns;
         assert_eq!([8, 24, 48, 64, 80, 96, 128, 200].map(backward), [32, 32, 48, 64, 48, 48, 64, 32]);
-        let cells = |columns| Columns::cells(columns).columns;
+        let cells = |columns| Columns::of(columns, Columns::CELLS).columns;
         assert_eq!([8, 24, 48, 64, 80].map(cells), [32, 32, 48, 32, 32]);
     }
 

@@ -7,6 +7,7 @@
 
 use super::operand::{NormFinish, OutputKind, OwedFinish};
 use super::raw::{RawElement, check_shape};
+use super::tuning::{Choice, Choices, Launch as Tuned};
 use super::{Arrival, Cost, GradientOutput, GradientView, Input, Output, Work, Workspace};
 use crate::backend::Activation;
 use crate::device::cudarc::driver::{CudaStream, CudaView, CudaViewMut, DevicePtr, DeviceRepr};
@@ -43,6 +44,8 @@ pub const FAMILY: Family = Family {
         backward("depthwise_backward_3x3_s1_f32"),
         backward("depthwise_backward_3x3_s1_f16"),
         backward("depthwise_backward_3x3_s1_bf16"),
+        backward("depthwise_backward_3x3_s1c5_f16"),
+        backward("depthwise_backward_3x3_s1c5_bf16"),
         backward("depthwise_backward_3x3_s2_f32"),
         backward("depthwise_backward_3x3_s2_f16"),
         backward("depthwise_backward_3x3_s2_bf16"),
@@ -71,10 +74,13 @@ impl Tiling {
         Self { channels: 4, columns: 4 }
     }
 
-    const fn backward(conv: &Conv) -> Self {
-        let columns = match (conv.kernel, conv.stride) {
-            (5, 1) => 3,
-            (5, 2) => 2,
+    /// For so many columns of steps. A row of a strip takes about 760 instructions if it has four columns and 915 if it has
+    /// five, and a strip that is not full takes as many as one that is.
+    const fn backward(conv: &Conv, dtype: Dtype, across: usize) -> Self {
+        let columns = match (conv.kernel, conv.stride, dtype) {
+            (5, 1, _) => 3,
+            (5, 2, _) => 2,
+            (3, 1, Dtype::F16 | Dtype::Bf16) if across.div_ceil(5) * 915 < across.div_ceil(4) * 760 => 5,
             _ => 4,
         };
         Self { channels: 2, columns }
@@ -86,10 +92,11 @@ impl Tiling {
     }
 }
 
-/// Blocks that fill any GPU several times over; images are cut into rows until there are as many, if need be.
+/// Blocks that fill any GPU several times over; images are cut into rows until there are as many, if need be. With more than
+/// twice as many each has more work instead: the last one has the partial sums of all to add up.
 const ENOUGH_BLOCKS: usize = 1024;
-/// Blocks from which on each has more work instead: the last one has the partial sums of all to add up.
-const MANY_BLOCKS: usize = 2048;
+/// What a tuning can choose instead.
+const BLOCKS: [u32; 5] = [256, 512, 1024, 2048, 4096];
 /// Runs of a channel tile.
 const MAX_RUNS: usize = 512;
 /// Rows that a strip has at least if the image has as many, and at most: the rows above it are read again.
@@ -140,6 +147,7 @@ pub struct DepthwiseShape {
     x: Shape,
     y: Shape,
     dtype: Dtype,
+    choices: Choices,
 }
 
 const OPERATION: &str = "depthwise convolution";
@@ -159,7 +167,26 @@ impl DepthwiseShape {
         if x.c > TILE * Workspace::COUNTERS {
             return wrong(format!("{x}: at most {} channels are possible", TILE * Workspace::COUNTERS));
         }
-        Ok(Self { conv: *conv, x, y: conv.output(x)?, dtype })
+        Ok(Self { conv: *conv, x, y: conv.output(x)?, dtype, choices: Choices::default() })
+    }
+
+    /// With launches as a tuning chooses them.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for what is none of [`choices`](Self::choices).
+    pub fn with(self, choices: Choices) -> Result<Self> {
+        choices.check(OPERATION, |launch| self.choices(launch))?;
+        Ok(Self { choices, ..self })
+    }
+
+    /// What a tuning can choose from: how many blocks there are, so how far images are cut.
+    pub fn choices(&self, launch: Tuned) -> Vec<Choice> {
+        match launch {
+            Tuned::Fprop | Tuned::Backward => {
+                BLOCKS.into_iter().map(|blocks| Choice::default().blocks(blocks)).collect()
+            }
+            Tuned::Dgrad | Tuned::Wgrad => Vec::new(),
+        }
     }
 
     /// The shape of the output.
@@ -179,7 +206,7 @@ impl DepthwiseShape {
             OutputKind::Folded { skip } => (if skip { y } else { 0 }, c),
         };
         let floats = floats + if silu { 2 * c } else { 0 };
-        self.work("fprop", &geometry, x + y + skip + self.conv.weights(), floats, 2)
+        self.work("fprop", "", &geometry, x + y + skip + self.conv.weights(), floats, 2)
     }
 
     /// The backward launch; `gated` for [`Arrival::Gated`].
@@ -200,7 +227,8 @@ impl DepthwiseShape {
                 0
             }
         };
-        self.work("backward", &geometry, 2 * x + 2 * y + skip + self.conv.weights(), floats, 4)
+        let cut = if self.backward_tiling().columns == 5 { "c5" } else { "" };
+        self.work("backward", cut, &geometry, 2 * x + 2 * y + skip + self.conv.weights(), floats, 4)
     }
 
     /// Floats of a [`Workspace`] that the launches need.
@@ -213,6 +241,7 @@ impl DepthwiseShape {
     fn work(
         &self,
         direction: &str,
+        cut: &str,
         geometry: &Geometry,
         elements: usize,
         floats: usize,
@@ -221,7 +250,7 @@ impl DepthwiseShape {
         let Conv { kernel, stride, .. } = self.conv;
         let taps = (kernel * kernel) as u64;
         Work {
-            kernel: format!("depthwise_{direction}_{kernel}x{kernel}_s{stride}_{}", self.dtype),
+            kernel: format!("depthwise_{direction}_{kernel}x{kernel}_s{stride}{cut}_{}", self.dtype.suffix()),
             grid: [geometry.runs * self.tiles() as u32, 1, 1],
             shared: 0,
             cost: Cost {
@@ -237,29 +266,36 @@ impl DepthwiseShape {
     }
 
     fn fprop_geometry(&self) -> Geometry {
-        self.geometry(Tiling::fprop(), [self.y.h, self.y.w])
+        self.geometry(self.choices.fprop, Tiling::fprop(), [self.y.h, self.y.w])
+    }
+
+    /// Steps of one side backward: they begin at the first that has a row of the input.
+    fn backward_steps(&self, side: usize) -> usize {
+        let (pad, stride) = (self.conv.pad_before(side), self.conv.stride);
+        (side + pad - 1) / stride + 1 - pad / stride
+    }
+
+    fn backward_tiling(&self) -> Tiling {
+        Tiling::backward(&self.conv, self.dtype, self.backward_steps(self.x.w))
     }
 
     fn backward_geometry(&self) -> Geometry {
-        // Steps begin at the first that has a row of the input.
-        let steps = |side: usize| {
-            let (pad, stride) = (self.conv.pad_before(side), self.conv.stride);
-            (side + pad - 1) / stride + 1 - pad / stride
-        };
-        self.geometry(Tiling::backward(&self.conv), [steps(self.x.h), steps(self.x.w)])
+        let sides = [self.backward_steps(self.x.h), self.backward_steps(self.x.w)];
+        self.geometry(self.choices.backward, self.backward_tiling(), sides)
     }
 
     /// Cut for `sides` steps down and across.
-    fn geometry(&self, tiling: Tiling, [down, across]: [usize; 2]) -> Geometry {
+    fn geometry(&self, choice: Choice, tiling: Tiling, [down, across]: [usize; 2]) -> Geometry {
         let (tiles, slots) = (self.tiles(), tiling.slots());
         let strips = across.div_ceil(tiling.columns);
         let blocks = (self.x.n * strips).div_ceil(slots) * tiles;
         let [fewest, most] = STRIP_ROWS;
-        let cuts = ENOUGH_BLOCKS.div_ceil(blocks).min(down.div_ceil(fewest)).max(down.div_ceil(most));
+        let enough = choice.blocks.map_or(ENOUGH_BLOCKS, |blocks| blocks as usize);
+        let cuts = enough.div_ceil(blocks).min(down.div_ceil(fewest)).max(down.div_ceil(most));
         let steps = down.div_ceil(cuts);
         let cuts = down.div_ceil(steps);
         let blocks = (self.x.n * strips * cuts).div_ceil(slots);
-        let per_slot = blocks.div_ceil((MANY_BLOCKS / tiles).clamp(1, MAX_RUNS));
+        let per_slot = blocks.div_ceil((2 * enough / tiles).clamp(1, MAX_RUNS));
         let number = |count: usize| count as u32;
         Geometry {
             images: number(self.x.n),
@@ -279,7 +315,8 @@ impl DepthwiseShape {
     }
 }
 
-/// The plan for one convolution, input shape and element type. The same calls give the same bits, on any GPU.
+/// The plan for one convolution, input shape and element type. The same calls give the same bits, on any GPU unless a
+/// [tuning](super::tuning) chooses otherwise.
 #[derive(Debug)]
 pub struct Depthwise<T> {
     device: Device,
@@ -295,7 +332,15 @@ impl<T: RawElement> Depthwise<T> {
     /// # Errors
     /// Those of [`DepthwiseShape::new`] and of [`Device::module`].
     pub fn plan(device: &Device, conv: &Conv, x: Shape) -> Result<Self> {
-        let shape = DepthwiseShape::new(conv, x, T::DTYPE)?;
+        Self::plan_with(device, conv, x, Choices::default())
+    }
+
+    /// As [`plan`](Self::plan), with launches as a tuning chooses them.
+    ///
+    /// # Errors
+    /// As there, and those of [`DepthwiseShape::with`].
+    pub fn plan_with(device: &Device, conv: &Conv, x: Shape, choices: Choices) -> Result<Self> {
+        let shape = DepthwiseShape::new(conv, x, T::DTYPE)?.with(choices)?;
         let module = device.module(&FAMILY)?;
         Ok(Self {
             device: device.clone(),

@@ -17,10 +17,12 @@ pub mod input;
 mod operand;
 pub mod optimizer;
 pub mod pointwise;
+pub mod pointwise_one_pass;
 mod raw;
 pub mod squeeze_excite;
 pub mod stem;
 mod step;
+pub mod tuning;
 mod work;
 mod workspace;
 
@@ -44,6 +46,7 @@ pub const FAMILIES: &[&Family] = &[
     &input::FAMILY,
     &optimizer::FAMILY,
     &pointwise::FAMILY,
+    &pointwise_one_pass::FAMILY,
     &squeeze_excite::FAMILY,
     &stem::FAMILY,
 ];

@@ -4,21 +4,27 @@
 //! What a tensor still owes is paid while it is read ([`Input`], [`GradientView`]), and what batch norm needs of a tensor
 //! is taken while it is written ([`Output`], [`GradientOutput`]).
 //!
-//! Tiles. A block computes 128 rows (pixels) and 128 or 64 columns (channels) at a time. f32 has 64 columns; so have f16
+//! Tiles. A block computes 128 rows (pixels) and 128 or 64 columns (channels) at a time. f32 and tf32 have 64 columns; so have f16
 //! and bf16 where there are no more, or where 128 would leave fewer than 132 blocks for the GPU. Otherwise 128: the rows
 //! are then read, and what they owe is computed, half as often. Weight gradients are computed in tiles of 64 outputs × 128
 //! inputs, the pixels being cut so that there are about 528 blocks. All of it follows from the shape, so results are the
-//! same on every GPU.
+//! same on every GPU, unless a [tuning](super::tuning) chooses otherwise.
+//!
+//! Both gradients come of one launch. It reads what they are made of once ([`Passes::One`], `pointwise_one_pass`) where
+//! channels are few enough and that moves clearly fewer bytes, partial results and what column groups read again included;
+//! otherwise the blocks of one gradient are followed by those of the other ([`Passes::Two`]).
 
 use super::gemm::{
-    ForwardArgument, GradientArgument, Grid, InputArgument, THREADS, TargetArgument, Tile, WeightGrid,
-    address, step_elements,
+    BLOCKS, ForwardArgument, GradientArgument, Grid, InputArgument, RUNS, THREADS, TargetArgument, Tile,
+    WEIGHT_BLOCKS, WeightGrid, address, step_elements,
 };
 use super::operand::{
     Arrival, GradientKind, GradientOutput, GradientView, Input, InputKind, NormFinish, Output, OutputKind,
     OwedFinish,
 };
-use super::raw::{RawElement, check_shape};
+use super::pointwise_one_pass::{self, BUSY, OnePass};
+use super::raw::{RawElement, check_shape, check_storage};
+use super::tuning::{Choice, Choices, Launch, Way};
 use super::work::{Cost, Work};
 use super::workspace::Workspace;
 use crate::backend::Activation;
@@ -45,27 +51,33 @@ pub const FAMILY: Family = Family {
     name: "pointwise",
     kernels: &[
         entry("pointwise_fprop_narrow_f32", FPROP),
+        entry("pointwise_fprop_narrow_tf32", FPROP),
         entry("pointwise_fprop_narrow_f16", FPROP),
         entry("pointwise_fprop_narrow_bf16", FPROP),
         entry("pointwise_fprop_wide_f16", FPROP),
         entry("pointwise_fprop_wide_bf16", FPROP),
         entry("pointwise_dgrad_narrow_f32", DGRAD),
+        entry("pointwise_dgrad_narrow_tf32", DGRAD),
         entry("pointwise_dgrad_narrow_f16", DGRAD),
         entry("pointwise_dgrad_narrow_bf16", DGRAD),
         entry("pointwise_dgrad_wide_f16", DGRAD),
         entry("pointwise_dgrad_wide_bf16", DGRAD),
         entry("pointwise_dgrad_gated_f32", GATED),
+        entry("pointwise_dgrad_gated_tf32", GATED),
         entry("pointwise_dgrad_gated_f16", GATED),
         entry("pointwise_dgrad_gated_bf16", GATED),
         entry("pointwise_wgrad_f32", WGRAD),
+        entry("pointwise_wgrad_tf32", WGRAD),
         entry("pointwise_wgrad_f16", WGRAD),
         entry("pointwise_wgrad_bf16", WGRAD),
         entry("pointwise_backward_narrow_f32", BACKWARD),
+        entry("pointwise_backward_narrow_tf32", BACKWARD),
         entry("pointwise_backward_narrow_f16", BACKWARD),
         entry("pointwise_backward_narrow_bf16", BACKWARD),
         entry("pointwise_backward_wide_f16", BACKWARD),
         entry("pointwise_backward_wide_bf16", BACKWARD),
         entry("pointwise_backward_gated_f32", BACKWARD),
+        entry("pointwise_backward_gated_tf32", BACKWARD),
         entry("pointwise_backward_gated_f16", BACKWARD),
         entry("pointwise_backward_gated_bf16", BACKWARD),
         entry("pointwise_classifier_bias_f32", BIAS),
@@ -79,8 +91,15 @@ const CLASSIFIER: &str = "classifier";
 
 /// Classes of a block of the bias's gradient.
 const BIAS_COLUMNS: u32 = 32;
-/// Blocks that a GPU should have at least.
-const BUSY: u32 = 132;
+
+/// How often both gradients read what they are made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Passes {
+    /// Once, for both.
+    One,
+    /// Once for each.
+    Two,
+}
 
 /// The launches of one shape and element type, known without a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,6 +107,7 @@ pub struct PointwiseWork {
     x: Shape,
     outputs: usize,
     dtype: Dtype,
+    choices: Choices,
 }
 
 impl PointwiseWork {
@@ -103,7 +123,7 @@ impl PointwiseWork {
             let problem = format!("{outputs}×{} weights; at most {MAX_ELEMENTS} are possible", x.c);
             return Err(Error::Shape { operation: OPERATION, problem });
         }
-        Ok(Self { x, outputs, dtype })
+        Ok(Self { x, outputs, dtype, choices: Choices::default() })
     }
 
     const fn rows(&self) -> u32 {
@@ -115,28 +135,84 @@ impl PointwiseWork {
         (self.x.h * self.x.w) as u32
     }
 
+    /// With launches as a tuning chooses them.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for what is none of [`choices`](Self::choices).
+    pub fn with(self, choices: Choices) -> Result<Self> {
+        choices.check(OPERATION, |launch| self.choices(launch))?;
+        Ok(Self { choices, ..self })
+    }
+
+    /// What a tuning can choose from: columns of a tile, how many blocks there are (of a backward in two passes, for the
+    /// gradient of the weights), and whether a backward takes one pass or two. One pass is taken where it is possible.
+    pub fn choices(&self, launch: Launch) -> Vec<Choice> {
+        let columns = |channels: usize| match self.dtype {
+            Dtype::F16 | Dtype::Bf16 if channels > Tile::NARROW.columns as usize => vec![64, 128],
+            _ => vec![64],
+        };
+        let each = |way: Option<Way>, channels: usize, blocks: &[u32]| {
+            let one = |columns, blocks| Choice { way, ..Choice::default() }.columns(columns).blocks(blocks);
+            let cut = |columns| blocks.iter().map(move |&blocks| one(columns, blocks));
+            columns(channels).into_iter().flat_map(cut).collect::<Vec<_>>()
+        };
+        match launch {
+            Launch::Fprop => each(None, self.outputs, &[264, 528, 1056, 4096]),
+            Launch::Backward => {
+                let mut all = each(Some(Way::TwoPasses), self.x.c, &[264, 528, 1056]);
+                if Self::KINDS.iter().any(|&(input, output)| self.one_pass(input, output).is_some()) {
+                    all.push(Choice::by(Way::OnePass));
+                }
+                all
+            }
+            Launch::Dgrad | Launch::Wgrad => Vec::new(),
+        }
+    }
+
     /// The tile for `columns` channels.
-    fn tile(&self, columns: usize) -> &'static Tile {
+    fn tile(&self, columns: usize, choice: Choice) -> &'static Tile {
+        if let Some(chosen) = choice.columns.and_then(Tile::with_columns) {
+            return chosen;
+        }
         let wide = Grid::new(self.rows(), columns as u32, &Tile::WIDE);
         let blocks = self.rows().div_ceil(Tile::WIDE.rows) * wide.groups;
-        if self.dtype != Dtype::F32 && columns as u32 > Tile::NARROW.columns && blocks >= BUSY {
+        if self.dtype.bytes() == 2 && columns as u32 > Tile::NARROW.columns && blocks >= BUSY {
             &Tile::WIDE
         } else {
             &Tile::NARROW
         }
     }
 
-    fn grid(&self, columns: usize) -> Grid {
-        Grid::new(self.rows(), columns as u32, self.tile(columns))
+    /// Of the output.
+    fn forward_tile(&self) -> &'static Tile {
+        self.tile(self.outputs, self.choices.fprop)
+    }
+
+    /// Of the gradient of the input.
+    fn input_tile(&self) -> &'static Tile {
+        self.tile(self.x.c, self.choices.backward)
+    }
+
+    /// Of the output.
+    fn forward_grid(&self) -> Grid {
+        let (tile, columns) = (self.forward_tile(), self.outputs as u32);
+        let blocks = self.choices.fprop.blocks.unwrap_or(BLOCKS);
+        Grid::aiming(blocks, self.rows().div_ceil(tile.rows), columns.div_ceil(tile.columns), RUNS)
+    }
+
+    /// Of the gradient of the input.
+    fn input_grid(&self) -> Grid {
+        Grid::new(self.rows(), self.x.c as u32, self.input_tile())
     }
 
     fn weight_grid(&self) -> WeightGrid {
         let step = step_elements(self.dtype.bytes());
-        WeightGrid::new(self.rows(), self.outputs as u32, self.x.c as u32, step)
+        let blocks = self.choices.backward.blocks.unwrap_or(WEIGHT_BLOCKS);
+        WeightGrid::aiming(blocks, self.rows(), self.outputs as u32, self.x.c as u32, step)
     }
 
     fn kernel(&self, operation: &str, tile: &Tile) -> String {
-        let parts = ["pointwise", operation, tile.name, self.dtype.suffix()];
+        let parts = ["pointwise", operation, tile.name, self.dtype.name()];
         parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("_")
     }
 
@@ -151,11 +227,6 @@ impl PointwiseWork {
 
     fn tensor_operations(&self) -> u64 {
         2 * self.x.pixels() as u64 * (self.x.c * self.outputs) as u64
-    }
-
-    /// Bytes of the partial sums of a grid over `columns`, written and read.
-    fn partial(&self, columns: usize) -> u64 {
-        16 * (self.grid(columns).runs as usize * columns) as u64
     }
 
     /// Bytes beside x of what it owes, and operations to pay it.
@@ -176,12 +247,12 @@ impl PointwiseWork {
 
     /// The launch of [`Pointwise::fprop`].
     pub fn fprop(&self, input: InputKind, output: OutputKind) -> Work {
-        let (tile, grid) = (self.tile(self.outputs), self.grid(self.outputs));
+        let (tile, grid) = (self.forward_tile(), self.forward_grid());
         let (y, elements) = (self.tensor(self.outputs), self.x.with_channels(self.outputs).elements() as u64);
         let (owed, pay) = self.owed(input);
         let (extra, operations) = match output {
             OutputKind::Plain => (0, 0),
-            OutputKind::Moments => (self.partial(self.outputs), 3 * elements),
+            OutputKind::Moments => (sums(&grid, self.outputs), 3 * elements),
             OutputKind::Folded { skip } => {
                 (4 * self.outputs as u64 + if skip { y } else { 0 }, (5 + u64::from(skip)) * elements)
             }
@@ -204,11 +275,18 @@ impl PointwiseWork {
         let (dx, elements) = (self.tensor(c), self.x.elements() as u64);
         let (gradient, pay) = self.gradient();
         let gated = output == GradientKind::Gated;
-        let tile = if gated { &Tile::NARROW } else { self.tile(c) };
-        let (extra, operations) = match output {
-            GradientKind::Plain { skip } => (if skip { dx } else { 0 }, if skip { elements } else { 0 }),
-            GradientKind::Silu => (dx + 16 * c as u64 + self.partial(c), 14 * elements),
-            GradientKind::Gated => (dx + 16 * c as u64 + 20 * (self.x.n * c) as u64, 20 * elements),
+        let tile = if gated { &Tile::NARROW } else { self.input_tile() };
+        let operations = output_operations(output) * elements;
+        let extra = match output {
+            GradientKind::Plain { skip } => {
+                if skip {
+                    dx
+                } else {
+                    0
+                }
+            }
+            GradientKind::Silu => dx + 16 * c as u64 + sums(&self.input_grid(), c),
+            GradientKind::Gated => dx + 16 * c as u64 + 20 * (self.x.n * c) as u64,
         };
         Work {
             kernel: self.gradient_kernel("dgrad", output),
@@ -224,8 +302,8 @@ impl PointwiseWork {
 
     fn gradient_kernel(&self, operation: &str, output: GradientKind) -> String {
         match output {
-            GradientKind::Gated => format!("pointwise_{operation}_gated_{}", self.dtype.suffix()),
-            GradientKind::Plain { .. } | GradientKind::Silu => self.kernel(operation, self.tile(self.x.c)),
+            GradientKind::Gated => format!("pointwise_{operation}_gated_{}", self.dtype),
+            GradientKind::Plain { .. } | GradientKind::Silu => self.kernel(operation, self.input_tile()),
         }
     }
 
@@ -237,7 +315,7 @@ impl PointwiseWork {
                 runs: self.x.n as u32,
                 groups: (self.x.c as u32).div_ceil(Tile::NARROW.columns),
             },
-            GradientKind::Plain { .. } | GradientKind::Silu => self.grid(self.x.c),
+            GradientKind::Plain { .. } | GradientKind::Silu => self.input_grid(),
         }
     }
 
@@ -265,8 +343,66 @@ impl PointwiseWork {
         }
     }
 
+    /// How [`Pointwise::backward`] reads its operands: once if that moves fewer bytes by an eighth at least, and gives a GPU
+    /// enough blocks. One that keeps weights and their gradient leaves little of a multiprocessor to others, which a smaller
+    /// gain would not pay for.
+    pub fn passes(&self, input: InputKind, output: GradientKind) -> Passes {
+        let one = self.one_pass(input, output);
+        if let Some(way) = self.choices.backward.way {
+            return if way == Way::OnePass && one.is_some() { Passes::One } else { Passes::Two };
+        }
+        let two = self.two_passes(input, output).cost.bytes;
+        let pays =
+            |one: &OnePass| one.blocks() >= BUSY && self.one_pass_cost(one, output).bytes <= two - two / 8;
+        if one.is_some_and(|one| pays(&one)) { Passes::One } else { Passes::Two }
+    }
+
     /// The launch of [`Pointwise::backward`].
     pub fn backward(&self, input: InputKind, output: GradientKind) -> Work {
+        let passes = self.passes(input, output);
+        self.backward_in(passes, input, output).unwrap_or_else(|| self.two_passes(input, output))
+    }
+
+    /// The launch of [`Pointwise::backward_in`]; none if the shape, the type or the operands are not for one pass.
+    pub fn backward_in(&self, passes: Passes, input: InputKind, output: GradientKind) -> Option<Work> {
+        match passes {
+            Passes::Two => Some(self.two_passes(input, output)),
+            Passes::One => self.one_pass(input, output).map(|one| Work {
+                kernel: one.kernel.into(),
+                grid: [one.blocks(), 1, 1],
+                shared: one.shared,
+                cost: self.one_pass_cost(&one, output),
+            }),
+        }
+    }
+
+    fn one_pass(&self, input: InputKind, output: GradientKind) -> Option<OnePass> {
+        OnePass::new(self.x, self.outputs, self.dtype, input, output)
+    }
+
+    fn one_pass_cost(&self, one: &OnePass, output: GradientKind) -> Cost {
+        let (n, c, o) = (self.x.n, self.x.c as u64, self.outputs as u64);
+        let (runs, groups) = (u64::from(one.grid.runs), u64::from(one.grid.groups));
+        let (x, dy, elements) = (self.tensor(self.x.c), self.tensor(self.outputs), self.x.elements() as u64);
+        let (extra, input_operations) = match output {
+            GradientKind::Plain { skip } => (if skip { x } else { 0 }, 0),
+            GradientKind::Silu => (16 * c + 16 * runs * c, 1),
+            GradientKind::Gated => (16 * c + 24 * n as u64 * c, 2),
+        };
+        Cost {
+            bytes: 2 * dy * groups
+                + 12 * o
+                + 2 * x
+                + extra
+                + self.weights()
+                + 8 * c * o
+                + 8 * one.partial() as u64,
+            tensor_operations: 2 * self.tensor_operations(),
+            operations: self.gradient().1 + (output_operations(output) + input_operations) * elements,
+        }
+    }
+
+    fn two_passes(&self, input: InputKind, output: GradientKind) -> Work {
         let (dgrad, wgrad) = (self.dgrad(output), self.wgrad(input));
         Work {
             kernel: self.gradient_kernel("backward", output),
@@ -276,10 +412,45 @@ impl PointwiseWork {
         }
     }
 
-    /// Floats of a [`Workspace`] that every launch does with.
+    /// Operands of both gradients that may come in one pass.
+    const KINDS: [(InputKind, GradientKind); 4] = [
+        (InputKind::Plain, GradientKind::Plain { skip: false }),
+        (InputKind::Plain, GradientKind::Plain { skip: true }),
+        (InputKind::Silu, GradientKind::Silu),
+        (InputKind::Gated, GradientKind::Gated),
+    ];
+
+    /// Floats of a [`Workspace`] that every launch does with, but for one pass where two are better.
     pub fn workspace_floats(&self) -> usize {
-        let sums = |columns: usize| 2 * self.grid(columns).runs as usize * columns;
-        (self.weight_grid().partial() + sums(self.x.c)).max(sums(self.outputs))
+        let sums = |grid: Grid, columns: usize| 2 * grid.runs as usize * columns;
+        let two = self.weight_grid().partial() + sums(self.input_grid(), self.x.c);
+        let chosen =
+            Self::KINDS.into_iter().filter(|&(input, output)| self.passes(input, output) == Passes::One);
+        two.max(sums(self.forward_grid(), self.outputs)).max(self.most_floats(chosen))
+    }
+
+    /// Floats of a [`Workspace`] that one pass does with wherever it is possible.
+    pub fn one_pass_floats(&self) -> usize {
+        self.most_floats(Self::KINDS)
+    }
+
+    fn most_floats(&self, kinds: impl IntoIterator<Item = (InputKind, GradientKind)>) -> usize {
+        let passes = kinds.into_iter().filter_map(|(input, output)| self.one_pass(input, output));
+        passes.map(|one| one.floats()).max().unwrap_or(0)
+    }
+}
+
+/// Bytes of the two partial sums of each run and column, written and read.
+const fn sums(grid: &Grid, columns: usize) -> u64 {
+    16 * (grid.runs as usize * columns) as u64
+}
+
+/// Operations for each element of dx.
+const fn output_operations(output: GradientKind) -> u64 {
+    match output {
+        GradientKind::Plain { skip } => skip as u64,
+        GradientKind::Silu => 14,
+        GradientKind::Gated => 20,
     }
 }
 
@@ -294,6 +465,8 @@ pub struct Pointwise<T> {
     wgrad: Kernel,
     backward: Kernel,
     backward_gated: Kernel,
+    one_pass: Option<Kernel>,
+    one_pass_gated: Option<Kernel>,
     element: PhantomData<fn() -> T>,
 }
 
@@ -304,13 +477,36 @@ fn load(device: &Device, work: &Work) -> Result<Kernel> {
     Ok(kernel)
 }
 
+/// A kernel for one pass, allowed all the shared memory that any shape needs.
+fn load_one_pass(device: &Device, one: Option<OnePass>) -> Result<Option<Kernel>> {
+    let Some(one) = one else { return Ok(None) };
+    let kernel = device.module(&pointwise_one_pass::FAMILY)?.kernel(one.kernel)?;
+    kernel.allow_shared(pointwise_one_pass::SHARED)?;
+    Ok(Some(kernel))
+}
+
 impl<T: RawElement> Pointwise<T> {
     /// For inputs of shape `x` and `outputs` channels.
     ///
     /// # Errors
     /// Those of [`PointwiseWork::new`] and [`Device::module`]; [`Error::Driver`].
     pub fn plan(device: &Device, x: Shape, outputs: usize) -> Result<Self> {
-        let work = PointwiseWork::new(x, outputs, T::DTYPE)?;
+        Self::plan_with(device, x, outputs, T::DTYPE, Choices::default())
+    }
+
+    /// The same, multiplying as `dtype` says, with launches as a tuning chooses them.
+    ///
+    /// # Errors
+    /// Those of [`plan`](Self::plan) and of [`PointwiseWork::with`]; [`Error::Shape`] if elements of `dtype` are no `T`.
+    pub fn plan_with(
+        device: &Device,
+        x: Shape,
+        outputs: usize,
+        dtype: Dtype,
+        choices: Choices,
+    ) -> Result<Self> {
+        check_storage::<T>(OPERATION, dtype)?;
+        let work = PointwiseWork::new(x, outputs, dtype)?.with(choices)?;
         Ok(Self {
             device: device.clone(),
             work,
@@ -318,8 +514,10 @@ impl<T: RawElement> Pointwise<T> {
             dgrad: load(device, &work.dgrad(GradientKind::Plain { skip: false }))?,
             gated: load(device, &work.dgrad(GradientKind::Gated))?,
             wgrad: load(device, &work.wgrad(InputKind::Plain))?,
-            backward: load(device, &work.backward(InputKind::Plain, GradientKind::Plain { skip: false }))?,
-            backward_gated: load(device, &work.backward(InputKind::Plain, GradientKind::Gated))?,
+            backward: load(device, &work.two_passes(InputKind::Plain, GradientKind::Plain { skip: false }))?,
+            backward_gated: load(device, &work.two_passes(InputKind::Gated, GradientKind::Gated))?,
+            one_pass: load_one_pass(device, work.one_pass(InputKind::Silu, GradientKind::Silu))?,
+            one_pass_gated: load_one_pass(device, work.one_pass(InputKind::Gated, GradientKind::Gated))?,
             element: PhantomData,
         })
     }
@@ -360,7 +558,7 @@ impl<T: RawElement> Pointwise<T> {
         operands.write("y", y, y_shape.elements())?;
         output.check(&mut operands, y_shape)?;
         let work = self.work.fprop(input.kind(), output.kind());
-        let grid = self.work.grid(y_shape.c);
+        let grid = self.work.forward_grid();
         workspace.check(OPERATION, 2 * grid.runs as usize * y_shape.c, grid.groups as usize)?;
 
         let to = ForwardArgument { y: address(y, stream), bias: 0, skip: 0, silu: 0, moments: 0 };
@@ -506,12 +704,34 @@ impl<T: RawElement> Pointwise<T> {
         )
     }
 
-    /// Both gradients, [`dgrad`](Self::dgrad) and [`wgrad`](Self::wgrad), in one launch.
+    /// Both gradients, [`dgrad`](Self::dgrad) and [`wgrad`](Self::wgrad), in one launch. It reads its operands as
+    /// [`PointwiseWork::passes`] says.
     ///
     /// # Errors
-    /// As for [`dgrad`](Self::dgrad).
+    /// As for [`dgrad`](Self::dgrad), and for an input that owes SiLU of another tensor or normalisation than `output`
+    /// does.
     pub fn backward(
         &self,
+        stream: &Arc<CudaStream>,
+        input: Input<'_, '_, T>,
+        gradient: GradientView<'_, '_, T>,
+        weight: &CudaView<'_, T>,
+        dx: &mut CudaViewMut<'_, T>,
+        dweight: &mut CudaViewMut<'_, f32>,
+        output: GradientOutput<'_, '_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        let passes = self.work.passes(input.kind(), output.kind());
+        self.backward_in(passes, stream, input, gradient, weight, dx, dweight, output, workspace)
+    }
+
+    /// [`backward`](Self::backward) in one pass or in two. The results differ by roundings: sums are taken in another order.
+    ///
+    /// # Errors
+    /// As for [`backward`](Self::backward), and where [`PointwiseWork::backward_in`] knows no launch.
+    pub fn backward_in(
+        &self,
+        passes: Passes,
         stream: &Arc<CudaStream>,
         input: Input<'_, '_, T>,
         gradient: GradientView<'_, '_, T>,
@@ -531,22 +751,85 @@ impl<T: RawElement> Pointwise<T> {
         operands.write("dweight", dweight, weights)?;
         output.check(&mut operands, x)?;
         self.check_sums(output.kind())?;
-        let work = self.work.backward(input.kind(), output.kind());
+        check_same_input(stream, &input, &output)?;
+        let work =
+            self.work.backward_in(passes, input.kind(), output.kind()).ok_or_else(|| Error::Shape {
+                operation: OPERATION,
+                problem: format!(
+                    "there is no single pass for {x} from {} channels in {}",
+                    y_shape.c, self.work.dtype
+                ),
+            })?;
+        let one = self.work.one_pass(input.kind(), output.kind()).filter(|_| passes == Passes::One);
         let (grid, weight_grid) = (self.work.gradient_grid(output.kind()), self.work.weight_grid());
-        let (floats, groups) = self.work.gradient_workspace(output.kind());
-        workspace.check(OPERATION, floats + weight_grid.partial(), groups + weight_grid.counters())?;
+        let (floats, counters) = match &one {
+            Some(one) => (one.floats(), one.counters()),
+            None => {
+                let (floats, groups) = self.work.gradient_workspace(output.kind());
+                (floats + weight_grid.partial(), groups + weight_grid.counters())
+            }
+        };
+        workspace.check(OPERATION, floats, counters)?;
         let dy = self.gradient_argument(&gradient, stream);
         let input = InputArgument::new(&input, stream, self.work.rows(), x.c as u32, self.work.pixels());
         let (to, owed, sums) = self.target(stream, dx, &mut output);
-        let kernel = if sums.is_some() { &self.backward_gated } else { &self.backward };
+        let (kernel, of_one_pass) = match sums {
+            Some(_) => (&self.backward_gated, &self.one_pass_gated),
+            None => (&self.backward, &self.one_pass),
+        };
         let (mut partial, mut counters) = (workspace.partial.as_view_mut(), workspace.counters.as_view_mut());
+        let shapes = format_args!("{x} from {} channels", y_shape.c);
+        if let (Some(one), Some(kernel)) = (one, of_one_pass) {
+            let mut launch = kernel.on(stream);
+            launch
+                .value(&dy)
+                .input(weight)
+                .value(&to)
+                .value(&input)
+                .output(dweight)
+                .value(&one.grid)
+                .value(&owed);
+            launch.optional(sums).output(&mut partial).output(&mut counters);
+            // SAFETY: all buffers have their shapes, whose channels are multiples of 8, and what is written overlaps nothing;
+            // the input is what the target's sums are of. A block writes the rows of its run and the columns of its group,
+            // those that exist, their sums or partial sums, and its own partial results, or those elements of dweight that
+            // are its group's alone: the last block of the group. There are as many of each, and counters, as were checked.
+            return unsafe { launch.run(work.grid, work.shared, shapes) };
+        }
         let mut launch = kernel.on(stream);
         launch.value(&dy).input(weight).value(&to).value(&input).output(dweight);
         launch.value(&grid).value(&weight_grid).value(&owed).optional(sums);
         launch.output(&mut partial).output(&mut counters);
         // SAFETY: as in `dgrad` for the first blocks and in `wgrad` for the others, whose partial tiles and counters lie
         // behind the partial sums and counters of the first.
-        unsafe { launch.run(work.grid, work.shared, format_args!("{x} from {} channels", y_shape.c)) }
+        unsafe { launch.run(work.grid, work.shared, shapes) }
+    }
+}
+
+/// Refuses an input made of another tensor than the one that its gradient passes through.
+fn check_same_input<T: RawElement>(
+    stream: &Arc<CudaStream>,
+    input: &Input<'_, '_, T>,
+    output: &GradientOutput<'_, '_, T>,
+) -> Result<()> {
+    let owed = match input {
+        Input::Plain(_) => None,
+        Input::Silu { y, norm } | Input::Gated { y, norm, .. } => {
+            Some((address(*y, stream), address(*norm, stream)))
+        }
+    };
+    let passed = match output {
+        GradientOutput::Plain { .. } => None,
+        GradientOutput::Silu { y, debt } => Some((address(*y, stream), address(debt.norm, stream))),
+        GradientOutput::Gated { y, norm, .. } => Some((address(*y, stream), address(*norm, stream))),
+    };
+    match (owed, passed) {
+        (Some(owed), Some(passed)) if owed != passed => {
+            let problem = "the input and its gradient's epilogue name different tensors or normalisations, but dx is of \
+                           what the input was made of";
+            Err(Error::Shape { operation: OPERATION, problem: problem.into() })
+        }
+        _ => Ok(()),
     }
 }
 
@@ -614,11 +897,11 @@ impl ClassifierWork {
 
     /// The launches of [`Classifier::backward`]: the bias, dfeatures, the weights.
     pub fn backward(&self) -> [Work; 3] {
-        let PointwiseWork { x, outputs: pitch, dtype } = self.products;
+        let PointwiseWork { x, outputs: pitch, dtype, .. } = self.products;
         let (n, c) = (x.n, self.classes);
         let copy = if self.is_padded() { n * pitch } else { 0 };
         let bias = Work {
-            kernel: format!("pointwise_classifier_bias_{dtype}"),
+            kernel: format!("pointwise_classifier_bias_{}", dtype.suffix()),
             grid: [(pitch as u32).div_ceil(BIAS_COLUMNS), 1, 1],
             shared: 0,
             cost: Cost {
@@ -660,7 +943,22 @@ impl<T: RawElement> Classifier<T> {
     /// # Errors
     /// Those of [`ClassifierWork::new`] and [`Device::module`]; [`Error::Driver`].
     pub fn plan(device: &Device, images: usize, features: usize, classes: usize) -> Result<Self> {
-        let work = ClassifierWork::new(images, features, classes, T::DTYPE)?;
+        Self::plan_in(device, images, features, classes, T::DTYPE)
+    }
+
+    /// The same, multiplying as `dtype` says.
+    ///
+    /// # Errors
+    /// Those of [`plan`](Self::plan); [`Error::Shape`] if elements of `dtype` are no `T`.
+    pub fn plan_in(
+        device: &Device,
+        images: usize,
+        features: usize,
+        classes: usize,
+        dtype: Dtype,
+    ) -> Result<Self> {
+        check_storage::<T>(CLASSIFIER, dtype)?;
+        let work = ClassifierWork::new(images, features, classes, dtype)?;
         let [bias, dgrad, wgrad] = work.backward();
         let padded =
             if work.is_padded() { Some(device.zeros(images * work.products.outputs)?) } else { None };
@@ -708,7 +1006,7 @@ impl<T: RawElement> Classifier<T> {
         let (y, bias) = (address(logits, stream), address(bias, stream));
         let to = ForwardArgument { y, bias, skip: 0, silu: 0, moments: 0 };
         let work = self.work.fprop();
-        let (grid, columns) = (products.grid(products.outputs), classes as u32);
+        let (grid, columns) = (products.forward_grid(), classes as u32);
         let norm = NormFinish::default();
         let mut launch = self.fprop.on(stream);
         launch.value(&input).input(weight).value(&to).value(&columns).value(&grid).value(&norm).null().null();
@@ -760,7 +1058,7 @@ impl<T: RawElement> Classifier<T> {
         let dy = GradientArgument::plain(padded.as_ref().unwrap_or(dlogits), stream, images, columns, pitch);
         let work = products.dgrad(GradientKind::Plain { skip: false });
         let to = TargetArgument { dx: address(dfeatures, stream), skip: 0, y: 0, norm: 0 };
-        let (grid, owed) = (products.grid(x.c), OwedFinish::default());
+        let (grid, owed) = (products.input_grid(), OwedFinish::default());
         let mut launch = self.dgrad.on(stream);
         launch.value(&dy).input(weight).value(&to).value(&inputs).value(&grid).value(&owed).null().null();
         // SAFETY: all buffers have their shapes, rows of dlogits or its copy begin at multiples of 16 bytes, and dfeatures

@@ -12,7 +12,7 @@ mod plans;
 mod recorder;
 
 pub use buffer::{Buffer, FusedElement};
-pub use planner::{Footprint, Planner};
+pub use planner::{Convolution, ConvolutionPass, Footprint, Planner};
 
 use super::RawView;
 use super::batch_norm::{Merge, MergeGradient};
@@ -20,6 +20,7 @@ use super::head::Dropout;
 use super::operand::{Arrival, Debt, GradientOutput, GradientView, Input, Output, Statistics};
 use super::optimizer::{Buffers, Optimizer};
 use super::squeeze_excite::{self, BackwardInput, Gradients, StateMut, Weights};
+use super::tuning::Tuning;
 use crate::backend::{
     self, Backend, Classifier, ConvNorm, DropPath, Gradient, Load, Memory, Mode, Normalisation, PassKind,
     Raw, SqueezeExcite, State, StepKey, Variables,
@@ -106,6 +107,7 @@ pub struct Accelerated<T: FusedElement> {
     // Before all that it replays: it goes first.
     recorder: Recorder,
     device: Device,
+    dtype: Dtype,
     arena: Arena,
     scratch: Scratch,
     plans: Plans<T>,
@@ -129,6 +131,16 @@ struct Planned {
 /// A device that waits to compute has nothing in the arena; this is what it begins with.
 const SMALLEST_ARENA: usize = 1 << 20;
 
+impl Accelerated<f32> {
+    /// As [`new`](Self::new), but matrix products are in tf32: see [`Dtype::Tf32`].
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn in_tf32(device: &Device, graphs: bool) -> Result<Self> {
+        Self::new_in(device, graphs, Dtype::Tf32)
+    }
+}
+
 impl<T: FusedElement> Accelerated<T> {
     /// On `device`, with an arena of a megabyte until [`prepare`](Backend::prepare) makes a larger one. Passes of training
     /// are recorded and replayed as CUDA graphs if `graphs` says so; that changes no bit of what is computed.
@@ -136,17 +148,28 @@ impl<T: FusedElement> Accelerated<T> {
     /// # Errors
     /// [`Error::Driver`].
     pub fn new(device: &Device, graphs: bool) -> Result<Self> {
+        Self::new_in(device, graphs, T::DTYPE)
+    }
+
+    fn new_in(device: &Device, graphs: bool, dtype: Dtype) -> Result<Self> {
         Ok(Self {
+            dtype,
             recorder: Recorder::new(graphs),
             arena: Arena::new(device, SMALLEST_ARENA)?,
             scratch: Scratch::new(device)?,
             device: device.clone(),
-            plans: Plans::default(),
+            plans: Plans::new(dtype),
             feeds: Feeds::default(),
             optimizer: None,
             loss_scale: 1.0,
             head: None,
         })
+    }
+
+    /// The same, with launches as a tuning chooses them. Before anything is computed.
+    #[must_use]
+    pub fn tuned(self, tuning: Option<Arc<Tuning>>) -> Self {
+        Self { plans: self.plans.tuned(tuning), ..self }
     }
 
     /// The device.
@@ -164,8 +187,11 @@ impl<T: FusedElement> Accelerated<T> {
         self.recorder.graphs()
     }
 
-    fn rehearsed(rehearse: &mut impl FnMut(&mut Planner) -> Result<()>) -> Result<Planner> {
-        let mut planner = Planner::new(T::DTYPE);
+    fn rehearsed(&self, rehearse: &mut impl FnMut(&mut Planner) -> Result<()>) -> Result<Planner> {
+        let mut planner = Planner::new(self.dtype);
+        if let Some(tuning) = self.plans.tuning() {
+            planner = planner.tuned(Arc::clone(tuning));
+        }
         rehearse(&mut planner)?;
         Ok(planner)
     }
@@ -311,7 +337,7 @@ impl<T: FusedElement> Backend for Accelerated<T> {
     }
 
     fn prepare(&mut self, mut rehearse: impl FnMut(&mut Planner) -> Result<()>) -> Result<()> {
-        let planner = Self::rehearsed(&mut rehearse)?;
+        let planner = self.rehearsed(&mut rehearse)?;
         let mut changed = self.feeds.add_drops(planner.drops());
         let footprint = planner.footprint();
         if footprint.arena > self.arena.capacity() {
@@ -338,7 +364,7 @@ impl<T: FusedElement> Backend for Accelerated<T> {
     }
 
     fn memory(&self, mut rehearse: impl FnMut(&mut Planner) -> Result<()>) -> Result<Option<Memory>> {
-        let footprint = Self::rehearsed(&mut rehearse)?.footprint();
+        let footprint = self.rehearsed(&mut rehearse)?.footprint();
         let (needed, buffers) = (footprint.passes(), footprint.buffers);
         Ok(Some(Memory { needed, buffers, available: self.available()? }))
     }
@@ -364,7 +390,7 @@ impl<T: FusedElement> Backend for Accelerated<T> {
     }
 
     fn dtype(&self) -> Dtype {
-        T::DTYPE
+        self.dtype
     }
 
     fn set_loss_scale(&mut self, scale: f64) {

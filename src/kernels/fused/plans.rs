@@ -14,12 +14,14 @@ use crate::kernels::optimizer::Optimizer;
 use crate::kernels::pointwise::{Classifier, Pointwise};
 use crate::kernels::squeeze_excite::SqueezeExcite;
 use crate::kernels::stem::{Stem, StemInput};
+use crate::kernels::tuning::{Choices, Tuning};
 use crate::optimizer::Rule;
-use crate::tensor::{Conv, ConvKind, Shape};
+use crate::tensor::{Conv, ConvKind, Dtype, Shape};
 use crate::{Error, Result};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::hash::Hash;
+use std::sync::Arc;
 
 /// Plans of one kind.
 #[derive(Debug)]
@@ -82,6 +84,8 @@ pub(super) type HeadKey = (Shape, usize, u64);
 /// All plans of a device.
 #[derive(Debug)]
 pub(super) struct Plans<T> {
+    /// How matrices are multiplied.
+    dtype: Dtype,
     stems: Cache<(Conv, Shape), Stem<T>>,
     dense: Cache<(Conv, Shape), Conv3x3<T>>,
     depthwise: Cache<(Conv, Shape), Depthwise<T>>,
@@ -96,11 +100,13 @@ pub(super) struct Plans<T> {
     folds: Cache<[usize; 2], Fold<T>>,
     /// Optimizers that only take norms and cast, by the length of the buffer.
     tools: Cache<usize, Optimizer>,
+    tuning: Option<Arc<Tuning>>,
 }
 
-impl<T> Default for Plans<T> {
-    fn default() -> Self {
+impl<T> Plans<T> {
+    pub(super) fn new(dtype: Dtype) -> Self {
         Self {
+            dtype,
             stems: Cache::default(),
             dense: Cache::default(),
             depthwise: Cache::default(),
@@ -112,11 +118,21 @@ impl<T> Default for Plans<T> {
             evaluations: Cache::default(),
             folds: Cache::default(),
             tools: Cache::default(),
+            tuning: None,
         }
     }
 }
 
 impl<T: FusedElement> Plans<T> {
+    /// The same, with launches as `tuning` chooses them.
+    pub(super) fn tuned(self, tuning: Option<Arc<Tuning>>) -> Self {
+        Self { tuning, ..self }
+    }
+
+    pub(super) fn tuning(&self) -> Option<&Arc<Tuning>> {
+        self.tuning.as_ref()
+    }
+
     pub(super) fn norm(&mut self, device: &Device, shape: Shape) -> Result<&BatchNorm<T>> {
         Ok(self.norms.get(shape, || BatchNorm::plan(device, shape))?)
     }
@@ -146,8 +162,8 @@ impl<T: FusedElement> Plans<T> {
         features: usize,
         classes: usize,
     ) -> Result<&mut Classifier<T>> {
-        let key = [images, features, classes];
-        self.classifiers.get(key, || Classifier::plan(device, images, features, classes))
+        let (key, dtype) = ([images, features, classes], self.dtype);
+        self.classifiers.get(key, || Classifier::plan_in(device, images, features, classes, dtype))
     }
 
     /// The normalisation of inference of one layer.
@@ -182,7 +198,8 @@ impl<T: FusedElement> Plans<T> {
         y: &mut CudaViewMut<'_, T>,
         output: Output<'_, '_, T>,
     ) -> Result<()> {
-        let (stream, key) = (device.compute(), (*conv, x));
+        let (stream, key, dtype) = (device.compute(), (*conv, x), self.dtype);
+        let choices = || choices(self.tuning.as_deref(), conv, x, dtype);
         match Kind::of(conv) {
             Kind::Stem => {
                 let plan = self.stems.get(key, || Stem::plan(device, conv, x))?;
@@ -190,17 +207,19 @@ impl<T: FusedElement> Plans<T> {
                 plan.fprop(stream, images(&input)?, weight, y, output, workspace)
             }
             Kind::Dense => {
-                let plan = self.dense.get(key, || Conv3x3::plan(device, conv, x))?;
+                let plan = self.dense.get(key, || Conv3x3::plan_with(device, conv, x, dtype, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.fprop(stream, input, weight, y, output, workspace)
             }
             Kind::Depthwise => {
-                let plan = self.depthwise.get(key, || Depthwise::plan(device, conv, x))?;
+                let plan = self.depthwise.get(key, || Depthwise::plan_with(device, conv, x, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.fprop(stream, input, weight, y, output, workspace)
             }
             Kind::Pointwise => {
-                let plan = self.pointwise.get(key, || Pointwise::plan(device, x, conv.outputs))?;
+                let plan = self
+                    .pointwise
+                    .get(key, || Pointwise::plan_with(device, x, conv.outputs, dtype, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.fprop(stream, input, weight, y, output, workspace)
             }
@@ -219,7 +238,8 @@ impl<T: FusedElement> Plans<T> {
         dweight: &mut CudaViewMut<'_, f32>,
         output: GradientOutput<'_, '_, T>,
     ) -> Result<()> {
-        let (stream, key) = (device.compute(), (*conv, x));
+        let (stream, key, dtype) = (device.compute(), (*conv, x), self.dtype);
+        let choices = || choices(self.tuning.as_deref(), conv, x, dtype);
         match Kind::of(conv) {
             Kind::Stem => {
                 let plan = self.stems.get(key, || Stem::plan(device, conv, x))?;
@@ -228,18 +248,20 @@ impl<T: FusedElement> Plans<T> {
                 plan.wgrad(stream, images(&input)?, gradient, dweight, workspace)
             }
             Kind::Dense => {
-                let plan = self.dense.get(key, || Conv3x3::plan(device, conv, x))?;
+                let plan = self.dense.get(key, || Conv3x3::plan_with(device, conv, x, dtype, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.dgrad(stream, gradient, weight, dx, output)?;
                 plan.wgrad(stream, input, gradient, dweight, workspace)
             }
             Kind::Depthwise => {
-                let plan = self.depthwise.get(key, || Depthwise::plan(device, conv, x))?;
+                let plan = self.depthwise.get(key, || Depthwise::plan_with(device, conv, x, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.backward(stream, input, gradient, weight, dx, dweight, output, workspace)
             }
             Kind::Pointwise => {
-                let plan = self.pointwise.get(key, || Pointwise::plan(device, x, conv.outputs))?;
+                let plan = self
+                    .pointwise
+                    .get(key, || Pointwise::plan_with(device, x, conv.outputs, dtype, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.backward(stream, input, gradient, weight, dx, dweight, output, workspace)
             }
@@ -255,7 +277,8 @@ impl<T: FusedElement> Plans<T> {
         gradient: GradientView<'_, '_, T>,
         dweight: &mut CudaViewMut<'_, f32>,
     ) -> Result<()> {
-        let (stream, key) = (device.compute(), (*conv, x));
+        let (stream, key, dtype) = (device.compute(), (*conv, x), self.dtype);
+        let choices = || choices(self.tuning.as_deref(), conv, x, dtype);
         match Kind::of(conv) {
             Kind::Stem => {
                 let plan = self.stems.get(key, || Stem::plan(device, conv, x))?;
@@ -263,7 +286,7 @@ impl<T: FusedElement> Plans<T> {
                 plan.wgrad(stream, images(&input)?, gradient, dweight, workspace)
             }
             Kind::Dense => {
-                let plan = self.dense.get(key, || Conv3x3::plan(device, conv, x))?;
+                let plan = self.dense.get(key, || Conv3x3::plan_with(device, conv, x, dtype, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.wgrad(stream, input, gradient, dweight, workspace)
             }
@@ -272,12 +295,19 @@ impl<T: FusedElement> Plans<T> {
                 Err(Error::Shape { operation: "depthwise convolution", problem })
             }
             Kind::Pointwise => {
-                let plan = self.pointwise.get(key, || Pointwise::plan(device, x, conv.outputs))?;
+                let plan = self
+                    .pointwise
+                    .get(key, || Pointwise::plan_with(device, x, conv.outputs, dtype, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.wgrad(stream, input, gradient, dweight, workspace)
             }
         }
     }
+}
+
+/// What `tuning` chooses; the rules without one.
+pub(super) fn choices(tuning: Option<&Tuning>, conv: &Conv, x: Shape, dtype: Dtype) -> Choices {
+    tuning.map_or_else(Choices::default, |tuning| tuning.choices(conv, x, dtype))
 }
 
 /// Which family computes a convolution.

@@ -12,15 +12,16 @@
 // f16 and bf16 run on tensor cores, f32 in plain arithmetic. Each direction is 18 * outputs * inputs operations for each
 // pixel of y. There are three mainloops, and nothing is lowered in memory by any:
 //
-// - With stride 1, f16 and bf16, fprop and dgrad work on spatial tiles (conv_halo.cuh, kernels named tiles*): 256 pixels of
-//   an image by 64, 48 (dgrad) or 32 columns. A tile's halo is fetched, and what it owes paid, once for all nine taps. The
-//   exception are images so small that they would leave more than half of the pixels of their tiles dead.
+// - In f16 and bf16 fprop of stride 1 and dgrad work on spatial tiles (conv_halo.cuh): 256 pixels of an image by 64, 48
+//   (dgrad) or 32 columns, or with stride 2 128 cells of four pixels by 32 columns or 64 by 48. A tile's halo is fetched, and
+//   what it owes paid, once for all nine taps. The exception are images so small that they would leave more than half of
+//   their tiles dead.
 // - For f16 and bf16, dweight is summed down strips of images (conv_strips.cuh), all nine taps of a tile at once.
-// - All else is an implicit product (gemm.cuh): 128 x 128 (wide), 128 x 64 (narrow), 128 x 32 (slim) or, for dweight, 64 x
-//   128 tiles. The loaders below gather what lies under the kernel, 16 bytes of a pixel's channels at a time, so each
-//   value is fetched, and paid for, once for each tap that it lies under.
+// - All else is an implicit product (gemm.cuh): 128 x 128 (wide), 128 x 64 (narrow) or, for dweight, 64 x 128 tiles. The
+//   loaders below gather what lies under the kernel, 16 bytes of a pixel's channels at a time, so each value is fetched, and
+//   paid for, once for each tap that it lies under.
 //
-// Blocks have 256 threads, slim ones and those of spatial tiles 128, and some of strips 384.
+// Blocks have 256 threads, those of spatial tiles 128, and some of strips 384.
 //
 // conv3x3_fprop: rows are pixels of y, k is (kh, kw, i), as it lies in the weights. Stores y as ForwardOutput says: with the
 //   moments of batch norm, or folded for inference. Grid runs * groups as in GemmGrid, groups of `bn` outputs. Least bytes: x,
@@ -28,8 +29,8 @@
 // conv3x3_dgrad: rows are pixels of x, k is (tap, o). With stride 2 the pixels of x are four classes, by whether row and column
 //   are odd, that are reached by 1, 2, 2 and 4 taps: four products in one launch, no tap of which is a zero. Grid the sum
 //   over classes of runs * groups, groups of `bn` inputs. Least bytes: g, y, weight and dx once, skip if any.
-// conv3x3_fprop_tiles, conv3x3_dgrad_tiles: the same results, rows being pixels of spatial tiles, k (32 channels, tap, channel).
-//   Grid runs * groups as in GemmGrid, runs of spatial tiles. From the second level a block fetches for each tile its halo,
+// conv3x3_fprop_tiles, conv3x3_dgrad_tiles, conv3x3_dgrad_cells: the same results, rows being pixels of spatial tiles or cells,
+//   k (32 channels, tap, channel). Grid runs * groups as in GemmGrid, runs of tiles. A block fetches for each tile its halo,
 //   1.3 times its pixels, and the weights of its columns.
 // conv3x3_wgrad_f32: rows are outputs, columns (kh, kw, i), k are pixels of y. Grid splits * tiles as in WeightGrid. Least
 //   bytes: g, y, x and twice dweight; with splits their partial tiles.
@@ -50,7 +51,6 @@ constexpr unsigned side = 3, taps = side * side;
 
 template <class T> using Wide = GemmTile<T, 128, 128, 2, 4, 3>;
 template <class T> using Narrow = GemmTile<T, 128, 64, 4, 2, 3>;
-template <class T> using Slim = GemmTile<T, 128, 32, 4, 1, 3>;
 template <class T> using Weights = GemmTile<T, 64, 128, 2, 4, 3>;
 
 /// Where pixels of y lie in x.
@@ -307,11 +307,11 @@ __device__ __forceinline__ void fprop_tiles(const T* x, const T* weight, const F
                                             const ConvTiles& tiles, unsigned inputs, unsigned outputs,
                                             const GemmGrid& grid, const NormFinish& norm, float* partial,
                                             unsigned* counters) {
-    using Memory = ConvMemory<Tile, Direction::forward>;
+    using Memory = ConvMemory<Tile, Direction::forward, UnitStride::most_halo>;
     const ConvWalk walk = tile_walk(tiles, grid, Tile::bn);
     const unsigned pixels = tiles.images * tiles.height * tiles.width;
     ForwardEpilogue<Tile> epilogue(to, pixels, outputs, dynamic_shared<float>(Memory::pivots));
-    convolve<Tile, Direction::forward>(PlainHalo<T>{x, inputs}, weight, outputs, tiles, walk, epilogue);
+    convolve<Tile, Direction::forward>(PlainHalo<T>{x, inputs}, weight, outputs, UnitStride{tiles}, walk, epilogue);
     if (!to.moments) return;
     // A warp counts its own rows; the table is not needed any more, after the barriers of the last steps.
     static_assert(Tile::wm == 64 && Tile::warps_n == 1, "two rows for a lane");
@@ -338,8 +338,18 @@ __device__ __forceinline__ void dgrad_tiles(const T* g, const T* y, const float*
                                             const GemmGrid& grid) {
     const unsigned pixels = tiles.images * tiles.height * tiles.width;
     GradientEpilogue<Tile, 2> epilogue(GradientTarget<T>{dx, skip, nullptr, nullptr}, pixels, inputs);
-    convolve<Tile, Direction::backward>(OwingHalo<T>{g, y, owed, outputs}, weight, inputs, tiles,
+    convolve<Tile, Direction::backward>(OwingHalo<T>{g, y, owed, outputs}, weight, inputs, UnitStride{tiles},
                                         tile_walk(tiles, grid, Tile::bn), epilogue);
+}
+
+template <class Tile, class T>
+__device__ __forceinline__ void dgrad_cells(const T* g, const T* y, const float* owed, const T* weight, const T* skip,
+                                            T* dx, const CellStride& cells, unsigned inputs, unsigned outputs,
+                                            const GemmGrid& grid) {
+    const unsigned pixels = cells.tiles.images * cells.height * cells.width;
+    GradientEpilogue<Tile, 2> epilogue(GradientTarget<T>{dx, skip, nullptr, nullptr}, pixels, inputs);
+    convolve<Tile, Direction::backward>(OwingHalo<T>{g, y, owed, outputs}, weight, inputs, cells,
+                                        tile_walk(cells.tiles, grid, Tile::bn), epilogue);
 }
 
 template <class Tile, class T>
@@ -360,20 +370,22 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
 
 } // namespace
 
-#define EFFNETV2_CONV3X3(suffix, T, Tile)                                                                    \
-    extern "C" __global__ void __launch_bounds__(Tile<T>::threads, 512 / Tile<T>::threads) conv3x3_fprop_##suffix( \
+#define EFFNETV2_CONV3X3_FPROP(suffix, T, Tile)                                                              \
+    extern "C" __global__ void __launch_bounds__(Tile<T>::threads, 2) conv3x3_fprop_##suffix(                \
         const T* x, const T* weight, T* y, const float* bias, const T* skip, float* partial,                 \
         unsigned* counters, const NormFinish norm, const ConvShape shape, unsigned outputs, unsigned silu,   \
         unsigned moments, const GemmGrid grid) {                                                             \
         fprop<Tile<T>>(x, weight, ForwardOutput<T>{y, bias, skip, silu, moments}, shape, outputs, grid,      \
                        norm, partial, counters);                                                             \
     }                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(Tile<T>::threads, 512 / Tile<T>::threads)                   \
+    EFFNETV2_KERNEL(conv3x3_fprop_##suffix)
+
+#define EFFNETV2_CONV3X3_DGRAD(suffix, T, Tile)                                                              \
+    extern "C" __global__ void __launch_bounds__(Tile<T>::threads, 2)                                        \
         conv3x3_dgrad_##suffix(const T* g, const T* y, const float* owed, const T* weight, const T* skip,    \
                                T* dx, const GradientShape shape) {                                           \
         dgrad<Tile<T>>(g, y, owed, weight, skip, dx, shape);                                                 \
     }                                                                                                        \
-    EFFNETV2_KERNEL(conv3x3_fprop_##suffix)                                                                  \
     EFFNETV2_KERNEL(conv3x3_dgrad_##suffix)
 
 /// By the inputs of a warp and the stride.
@@ -411,7 +423,18 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
     }                                                                                                        \
     EFFNETV2_KERNEL(conv3x3_dgrad_tiles##columns##_##suffix)
 
+#define EFFNETV2_CONV3X3_DGRAD_CELLS(suffix, T, columns, rows, blocks)                                       \
+    extern "C" __global__ void __launch_bounds__(128, blocks) conv3x3_dgrad_cells##columns##_##suffix(       \
+        const T* g, const T* y, const float* owed, const T* weight, const T* skip, T* dx,                    \
+        const CellStride cells, unsigned inputs, unsigned outputs, const GemmGrid grid) {                    \
+        dgrad_cells<GemmTile<T, rows, columns, 4, 1, 3>>(g, y, owed, weight, skip, dx, cells, inputs,        \
+                                                         outputs, grid);                                     \
+    }                                                                                                        \
+    EFFNETV2_KERNEL(conv3x3_dgrad_cells##columns##_##suffix)
+
 #define EFFNETV2_CONV3X3_TILES(suffix, T)              \
+    EFFNETV2_CONV3X3_DGRAD_CELLS(suffix, T, 32, 128, 2) \
+    EFFNETV2_CONV3X3_DGRAD_CELLS(suffix, T, 48, 64, 3) \
     EFFNETV2_CONV3X3_FPROP_TILES(suffix, T, 32, 4)     \
     EFFNETV2_CONV3X3_FPROP_TILES(suffix, T, 64, 2)     \
     EFFNETV2_CONV3X3_DGRAD_TILES(suffix, T, 32, 4)     \
@@ -420,13 +443,14 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
 
 EFFNETV2_CONV3X3_TILES(f16, f16)
 EFFNETV2_CONV3X3_TILES(bf16, bf16)
-EFFNETV2_CONV3X3(narrow_f32, float, Narrow)
-EFFNETV2_CONV3X3(narrow_f16, f16, Narrow)
-EFFNETV2_CONV3X3(narrow_bf16, bf16, Narrow)
-EFFNETV2_CONV3X3(wide_f16, f16, Wide)
-EFFNETV2_CONV3X3(wide_bf16, bf16, Wide)
-EFFNETV2_CONV3X3(slim_f16, f16, Slim)
-EFFNETV2_CONV3X3(slim_bf16, bf16, Slim)
+EFFNETV2_CONV3X3_FPROP(narrow_f32, float, Narrow)
+EFFNETV2_CONV3X3_FPROP(narrow_f16, f16, Narrow)
+EFFNETV2_CONV3X3_FPROP(narrow_bf16, bf16, Narrow)
+EFFNETV2_CONV3X3_FPROP(wide_f16, f16, Wide)
+EFFNETV2_CONV3X3_FPROP(wide_bf16, bf16, Wide)
+EFFNETV2_CONV3X3_DGRAD(narrow_f32, float, Narrow)
+EFFNETV2_CONV3X3_DGRAD(narrow_f16, f16, Narrow)
+EFFNETV2_CONV3X3_DGRAD(narrow_bf16, bf16, Narrow)
 EFFNETV2_CONV3X3_WGRAD(f32, float)
 EFFNETV2_CONV3X3_STRIPS(24, 1, 384, f16, f16)
 EFFNETV2_CONV3X3_STRIPS(24, 2, 384, f16, f16)

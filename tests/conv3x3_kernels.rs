@@ -160,23 +160,45 @@ const TILED: [(Images, usize, usize); 11] = [
     ((1, 13, 19), 192, 48),
 ];
 
-fn is_tiled(conv: &Conv, (n, h, w): Images) -> bool {
+/// The same where their gradient with stride 2 is computed on tiles of cells, of both sizes.
+const CELLED: [(Images, usize, usize); 9] = [
+    ((1, 16, 16), 8, 8),
+    ((2, 15, 17), 24, 48),
+    ((1, 32, 16), 48, 24),
+    ((1, 16, 33), 64, 40),
+    ((3, 31, 15), 16, 72),
+    ((1, 75, 9), 48, 64),
+    ((1, 3, 96), 40, 16),
+    ((1, 40, 37), 24, 96),
+    ((1, 19, 22), 48, 192),
+];
+
+/// The kernels of fprop and dgrad in f16, each without the ending of its type.
+fn ways(conv: &Conv, (n, h, w): Images) -> [String; 2] {
     let shape = Conv3x3Shape::new(conv, Shape::new(n, h, w, conv.inputs)).unwrap();
-    let kernels = [shape.fprop_work(Dtype::F16, OutputKind::Plain), shape.dgrad_work(Dtype::F16, false)];
-    let tiled = kernels.map(|work| work.kernel.contains("tiles"));
-    assert_eq!(tiled[0], tiled[1], "{conv:?} of {h} x {w}");
-    tiled[0]
+    [shape.fprop_work(Dtype::F16, OutputKind::Plain), shape.dgrad_work(Dtype::F16, false)]
+        .map(|work| work.kernel.rsplit('_').nth(1).unwrap().to_owned())
 }
 
-/// What is tiled, and the least image of all squares that is.
+/// What is computed on tiles, and the least image of all squares that is.
 #[test]
 fn tiles_are_taken_where_they_are_filled() {
     for (images, inputs, outputs) in TILED {
-        assert!(is_tiled(&dense(1, Padding::Same, inputs, outputs), images), "{images:?}");
-        assert!(!is_tiled(&dense(2, Padding::Same, inputs, outputs), images), "{images:?}");
+        let ways = ways(&dense(1, Padding::Same, inputs, outputs), images);
+        assert!(ways.iter().all(|way| way.starts_with("tiles")), "{ways:?}, {images:?}");
     }
-    let square = |side| is_tiled(&dense(1, Padding::Same, 64, 64), (256, side, side));
-    assert_eq!((square(11), square(12), square(150)), (false, true, true));
+    for (images, inputs, outputs) in CELLED {
+        for padding in [Padding::Same, Padding::Symmetric] {
+            let [fprop, dgrad] = ways(&dense(2, padding, inputs, outputs), images);
+            assert!(!fprop.starts_with("tiles") && dgrad.starts_with("cells"), "{dgrad}, {images:?}");
+        }
+    }
+    let square = |stride, side| ways(&dense(stride, Padding::Same, 64, 64), (256, side, side));
+    assert_eq!(
+        (square(1, 11), square(1, 12)),
+        (["narrow"; 2].map(String::from), ["tiles64"; 2].map(String::from))
+    );
+    assert_eq!((&*square(2, 14)[1], &*square(2, 15)[1]), ("narrow", "cells32"));
     let shape = Conv3x3Shape::new(&dense(1, Padding::Same, 64, 64), Shape::new(2, 16, 16, 64)).unwrap();
     assert!(shape.dgrad_work(Dtype::F32, false).kernel.contains("narrow"));
 }
@@ -185,6 +207,7 @@ fn any_conv() -> impl Strategy<Value = (Conv, Images)> {
     let shapes = prop_oneof![
         prop::sample::select(SHAPES.to_vec()),
         prop::sample::select(TILED.to_vec()),
+        prop::sample::select(CELLED.to_vec()),
         ((1_usize..3, 11_usize..40, 11_usize..40), 1_usize..7, 1_usize..7)
             .prop_map(|(images, inputs, outputs)| (images, 8 * inputs, 8 * outputs)),
         ((1_usize..4, 1_usize..14, 1_usize..14), 1_usize..8, 1_usize..10)
@@ -271,6 +294,14 @@ fn integers_are_exact_on_tiles() {
             _ => exact::<bf16>(&device, conv, images, epilogues[turn % 3], turn % 4 == 1),
         }
     }
+    let paddings = [Padding::Same, Padding::Symmetric];
+    for (turn, (images, inputs, outputs)) in CELLED.into_iter().enumerate() {
+        let conv = dense(2, paddings[turn % 2], inputs, outputs);
+        match turn % 4 {
+            0 | 3 => exact::<f16>(&device, conv, images, Epilogue::Plain, turn % 3 == 0),
+            _ => exact::<bf16>(&device, conv, images, Epilogue::Plain, turn % 3 == 0),
+        }
+    }
 }
 
 /// More row tiles than runs, so that a block has several and walks over the ends of images; and so many pixels that the
@@ -319,7 +350,7 @@ fn every_layout_of_strips_is_exact() {
 
 /// The same of spatial tiles, of which there are more than 512 runs of fprop and twice 1024 blocks of dgrad.
 #[test]
-fn blocks_walk_over_several_spatial_tiles() {
+fn many_spatial_tiles_are_exact() {
     let Some(device) = device() else { return };
     let conv = dense(1, Padding::Same, 8, 8);
     let images = (2048, 12, 12);

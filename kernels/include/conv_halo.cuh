@@ -1,21 +1,23 @@
-// The mainloop of a 3x3 convolution of stride 1 over spatial tiles (conv_tile.cuh), f16 or bf16 on tensor cores, in f32 sums:
+// The mainloop of a 3x3 convolution over spatial tiles (conv_tile.cuh), f16 or bf16 on tensor cores, in f32 sums:
 //
 //     C[pixel, n] = sum over taps and channels k of A(pixel moved by the tap, k) W(n, tap, k)
 //
 //     using Tile = ConvTileOf<bf16, 48>;                         // block of 256 pixels x 48 columns, 4 x 1 warps
-//     convolve<Tile, Direction::backward>(halo, weights, tiles, walk, epilogue);
+//     convolve<Tile, Direction::backward>(halo, weights, columns, UnitStride{tiles}, walk, epilogue);
 //
 // A block of 128 threads computes, for one range of columns, the tiles walk.first .. + walk.count one after the other, the
-// pixels of a tile being 256 rows of a GEMM. For each chunk of 32 channels it has the halo of the tile in shared memory, once
+// pixels of a tile being the rows of a GEMM. For each chunk of 32 channels it has the halo of the tile in shared memory, once
 // for all nine taps: a tap is only an offset of the addresses that ldmatrix is given. A step is one tap of one chunk. While
-// the steps of a chunk run, the halo of the next one (of the next tile, too) is brought into a second buffer, a sixth of it
-// with each of the first six taps. Weights come by cp.async, `stages` - 1 steps ahead. A step has one barrier.
+// the steps of a chunk run, the halo of the next one (of the next tile, too) is brought into a second buffer, 64 pixels of it
+// with each of the first steps. Weights come by cp.async, `stages` - 1 steps ahead. A step has one barrier. dgrad of stride
+// 2 goes the same way, its rows being cells of four pixels, each with sums of its own: CellStride below.
 //
 // Why these numbers. What limits such a product is what it reads: from the second level for each tile its halo and all
-// weights of its columns, so a tile is as large as accumulators allow; from shared memory with each step 64 rows and bn
+// weights of its columns, so a tile is as large as sums fit in registers; from shared memory with each step 64 rows and bn
 // columns for a warp. A warp of 64 x 48 reads 4 + 3 times 512 bytes for 24 products of 16 x 8 x 16; with 32 x 48 it would be
 // 2 + 3 for 12. That takes 2 bn registers of a thread for sums: up to 168 registers and three blocks on a multiprocessor
-// with 48 columns, up to 255 and two with 64, up to 128 and four with 32.
+// with 48 columns, up to 255 and two with 64, up to 128 and four with 32. With stride 2 sums are of four classes: 2 bn
+// registers again with 64 cells for a block and 48 columns, 4 bn with 128 cells and 32 columns.
 //
 // How the halo comes:
 //
@@ -46,8 +48,8 @@ struct ConvWalk {
 
 /// Shared memory: the pipeline of weights, which may be used for other things in the end; a piece for each warp's turn; what
 /// epilogues ask for; a table; and two halos, which alone depend on the tiles.
-template <class Tile, Direction direction> struct ConvMemory {
-    static constexpr unsigned chunk = 32, most_halo = 384;
+template <class Tile, Direction direction, unsigned most_halo> struct ConvMemory {
+    static constexpr unsigned chunk = 32;
     /// Of the weights' rows, in pieces of 16 bytes.
     static constexpr unsigned across = direction == Direction::forward || Tile::bn == 32 ? 4 : 8;
     static constexpr unsigned down = direction == Direction::forward ? Tile::bn : chunk;
@@ -131,10 +133,10 @@ namespace conv_detail {
 
 /// The weights [columns, 9, channels] or [channels, 9, columns] on their way: of a step 32 channels of bn columns. A thread
 /// fetches piece threadIdx % across of rows threadIdx / across, + rows, ..., which in shared memory are swizzled alike.
-template <class Tile, Direction direction> struct Weights {
+template <class Tile, Direction direction, bool reversed, class Memory> struct Weights {
     using T = typename Tile::T;
-    using Memory = ConvMemory<Tile, direction>;
     static constexpr bool forward = direction == Direction::forward;
+    static_assert(!(forward && reversed), "only dgrad goes backward");
     static constexpr unsigned across = Memory::across, rows = Tile::threads / across, count = Memory::down / rows;
     static_assert(Tile::threads % across == 0 && Memory::down % rows == 0 && rows % 8 == 0, "all threads alike");
 
@@ -159,7 +161,7 @@ template <class Tile, Direction direction> struct Weights {
         to = at(r, c);
         row = forward ? first_column + r : r;
         column = forward ? 8 * c : 8 * c < Tile::bn ? first_column + 8 * c : columns;
-        offset = forward ? row * 9 * channels + column : (row * 9 + 8) * columns + column;
+        offset = forward ? row * 9 * channels + column : (row * 9 + (reversed ? 8 : 0)) * columns + column;
     }
 
     /// To byte `stage` of shared memory.
@@ -175,11 +177,11 @@ template <class Tile, Direction direction> struct Weights {
                          exists ? 16u : 0u);
         }
         --left;
-        offset += forward ? channels : 0 - columns;
+        offset += forward ? channels : reversed ? 0 - columns : columns;
         if (++tap < 9) return;
         tap = 0;
         chunk += Memory::chunk;
-        offset += forward ? Memory::chunk - 9 * channels : (Memory::chunk + 1) * 9 * columns;
+        offset += forward ? Memory::chunk - 9 * channels : (reversed ? Memory::chunk + 1 : Memory::chunk - 1) * 9 * columns;
         if (chunk < channels) return;
         offset -= forward ? chunk : chunk * 9 * columns;
         chunk = 0;
@@ -188,29 +190,83 @@ template <class Tile, Direction direction> struct Weights {
 
 } // namespace conv_detail
 
+/// Stride 1: a row of the GEMM is a pixel, each tap another pixel of the halo.
+struct UnitStride {
+    static constexpr unsigned stride = 1, most_halo = 384;
+    const ConvTiles& tiles;
+
+    __device__ __forceinline__ unsigned halo_pixels() const { return tiles.halo_pixels(); }
+    __device__ __forceinline__ unsigned halo_pixel(unsigned number, unsigned h) const {
+        return tiles.halo_pixel(tiles.tile(number), h);
+    }
+    __device__ __forceinline__ unsigned row_pixel(unsigned number, unsigned, unsigned r) const {
+        return tiles.row_pixel(tiles.tile(number), r);
+    }
+};
+
+/// dgrad of stride 2. Pixel (ih, iw) of x belongs to cell ((ih + pad_top) / 2, (iw + pad_left) / 2) and, by the remainders, to
+/// one of four classes. Of cell (a, b) tap (kh, kw) takes dy at (a - kh / 2, b - kw / 2) to class (kh % 2, kw % 2): so nine
+/// products of four pixels of dy, none of which is with a zero. Tiles are of cells, whose rows and columns are one more than
+/// those of y where x has them. A row of the GEMM is a cell, which has sums of four classes.
+struct CellStride {
+    static constexpr unsigned stride = 2, most_halo = 192;
+    /// Of cells; and of y and x.
+    ConvTiles tiles;
+    unsigned out_height, out_width, height, width, pad_top, pad_left;
+
+    /// A tile's cells and those before them, in rows as long as those of other halos: the phases of conv_tile.cuh want that.
+    __device__ __forceinline__ unsigned halo_pixels() const {
+        return (tiles.tile_height + 1) * tiles.halo_width.divisor;
+    }
+    __device__ __forceinline__ unsigned halo_pixel(unsigned number, unsigned h) const {
+        const ConvTile tile = tiles.tile(number);
+        const unsigned line = tiles.halo_width.quotient(h), along = h - line * tiles.halo_width.divisor;
+        const unsigned row = tile.row + line - 1, column = tile.column + along - 1;
+        const bool inside = along <= tiles.tile_width.divisor && row < out_height && column < out_width;
+        return inside ? (image(number) * out_height + row) * out_width + column : no_pixel;
+    }
+    /// The pixel of x of cell r of a tile, of class (c / 2, c % 2).
+    __device__ __forceinline__ unsigned row_pixel(unsigned number, unsigned c, unsigned r) const {
+        const ConvTile tile = tiles.tile(number);
+        const unsigned line = tiles.tile_width.quotient(r), along = r - line * tiles.tile_width.divisor;
+        // Before the image's first row or column they wrap, beyond any side.
+        const unsigned row = 2 * (tile.row + line) + c / 2 - pad_top;
+        const unsigned column = 2 * (tile.column + along) + c % 2 - pad_left;
+        const bool inside = line < tiles.tile_height && row < height && column < width;
+        return inside ? (image(number) * height + row) * width + column : no_pixel;
+    }
+
+  private:
+    __device__ __forceinline__ unsigned image(unsigned number) const {
+        return tiles.down.quotient(tiles.across.quotient(number));
+    }
+};
+
 /// The products of a block, as said above. Once a kernel; the pipeline's shared memory may be used for other things after a
 /// barrier.
-template <class Tile, Direction direction, class Halo, class Epilogue>
+template <class Tile, Direction direction, class Halo, class Geometry, class Epilogue>
 __device__ __forceinline__ void convolve(const Halo& halo, const typename Tile::T* weight, unsigned columns,
-                                         const ConvTiles& tiles, const ConvWalk& walk, Epilogue& epilogue) {
+                                         const Geometry& geometry, const ConvWalk& walk, Epilogue& epilogue) {
     using T = typename Tile::T;
-    using Memory = ConvMemory<Tile, direction>;
-    using Weights = conv_detail::Weights<Tile, direction>;
+    using Memory = ConvMemory<Tile, direction, Geometry::most_halo>;
+    // The taps of the halo in order are those of the weights in reverse where dgrad has stride 1.
+    constexpr bool cells = Geometry::stride == 2;
+    using Weights = conv_detail::Weights<Tile, direction, direction == Direction::backward && !cells, Memory>;
     constexpr unsigned stages = Tile::stages, pieces = Memory::chunk / 8, pixel_bytes = pieces * 16;
     static_assert(sizeof(T) == 2 && Tile::warps_n == 1, "16 bits; rows alone are cut for warps");
     static_assert(stages == 3, "a row of taps: tap (kh, kw) is in stage kw");
     // Halo pixels that a thread brings with a step, those that the block does, and steps that do so.
     constexpr unsigned held = 2, at_once = held * Tile::threads / pieces;
-    static_assert(Memory::most_halo / at_once + stages - 1 < 9, "what comes with a chunk's steps is there for the next");
+    static_assert(Geometry::most_halo / at_once + stages - 1 < 9, "what comes with a chunk's steps is there for the next");
 
-    const unsigned channels = halo.channels, halo_pixels = tiles.halo_pixels();
+    const ConvTiles& tiles = geometry.tiles;
+    const unsigned channels = halo.channels, halo_pixels = geometry.halo_pixels();
     const unsigned chunks = (channels + Memory::chunk - 1) / Memory::chunk;
     // Where each pixel of a halo lies in the tensor, in elements, and its first piece in a buffer, in bytes.
     uint2* const table = dynamic_shared<uint2>(Memory::table);
     const auto enter = [&](unsigned number) {
-        const ConvTile tile = tiles.tile(number);
         for (unsigned h = threadIdx.x; h < halo_pixels; h += Tile::threads) {
-            const unsigned pixel = tiles.halo_pixel(tile, h);
+            const unsigned pixel = geometry.halo_pixel(number, h);
             table[h] = make_uint2(pixel == no_pixel ? no_pixel : pixel * channels,
                                   ConvTiles::slot<pieces>(h, tiles.halo_phase(h), 0) * 16);
         }
@@ -259,8 +315,9 @@ __device__ __forceinline__ void convolve(const Halo& halo, const typename Tile::
                                     ? Weights::at(matrix / 2 * 8 + lane % 8, matrix % 2)
                                     : Weights::at(matrix % 2 * 8 + lane % 8, matrix / 2);
 
-    float acc[Tile::fragments_m][Tile::fragments_n][4] = {};
-    const auto multiply = [&](unsigned from, unsigned phase, unsigned stage, unsigned limit) {
+    using Sums = float[Tile::fragments_m][Tile::fragments_n][4];
+    Sums acc[cells ? 4 : 1] = {};
+    const auto multiply = [&](Sums& acc, unsigned from, unsigned phase, unsigned stage, unsigned limit) {
         const unsigned own = from + (matrix / 2 ^ phase / 2 % 4) * 16, weight = stage + own_weight;
 #pragma unroll
         for (unsigned k = 0; k < Memory::chunk; k += 16) {
@@ -293,24 +350,40 @@ __device__ __forceinline__ void convolve(const Halo& halo, const typename Tile::
     for (unsigned tile = 0, chunk = 0; tile < walk.count;) {
         const unsigned limit = channels - chunk * Memory::chunk, next_channel = next_chunk * Memory::chunk + own_piece * 8;
         const unsigned brings = next_tile < walk.count ? halo_pixels : 0;
-        unsigned from = buffer, phase = own_row, kw = 0;
-#pragma unroll 1
-        for (unsigned first = 0; first < 9 * at_once; first += at_once) {
+        // Tap number `first` / at_once, in column kw of the kernel.
+        const auto step = [&](Sums& sums, unsigned first, unsigned kw, unsigned from, unsigned phase) {
             cp_async_wait_group<int(stages) - 2>();
             // All threads have brought what this step needs, and are through with the one before, whose memory is fetched
             // into next.
             __syncthreads();
             weights.fetch((kw == 0 ? stages - 1 : kw - 1) * Memory::stage);
             typename Halo::Held brought[held];
-            if (first < brings) bring(brought, buffers - buffer, next_channel, first);
+            const bool bringing = first < Geometry::most_halo && first < brings;
+            if (bringing) bring(brought, buffers - buffer, next_channel, first);
             cp_async_commit_group();
-            multiply(from, phase, kw * Memory::stage, limit);
-            if (first < brings) halo.put(brought, next_channel);
-            from += pixel_bytes, ++phase;
-            if (++kw < 3) continue;
-            kw = 0;
-            from += tiles.tap(1, 0) * pixel_bytes - 3 * pixel_bytes;
-            phase += tiles.tap_phase(1, 0) - 3;
+            multiply(sums, from, phase, kw * Memory::stage, limit);
+            if (bringing) halo.put(brought, next_channel);
+        };
+        if constexpr (cells) {
+#pragma unroll
+            for (unsigned kh = 0; kh < 3; ++kh)
+#pragma unroll
+                for (unsigned kw = 0; kw < 3; ++kw) {
+                    const unsigned down = 1 - kh / 2, right = 1 - kw / 2;
+                    step(acc[kh % 2 * 2 + kw % 2], (3 * kh + kw) * at_once, kw,
+                         buffer + tiles.tap(down, right) * pixel_bytes, own_row + tiles.tap_phase(down, right));
+                }
+        } else {
+            unsigned from = buffer, phase = own_row, kw = 0;
+#pragma unroll 1
+            for (unsigned first = 0; first < 9 * at_once; first += at_once) {
+                step(acc[0], first, kw, from, phase);
+                from += pixel_bytes, ++phase;
+                if (++kw < 3) continue;
+                kw = 0;
+                from += tiles.tap(1, 0) * pixel_bytes - 3 * pixel_bytes;
+                phase += tiles.tap_phase(1, 0) - 3;
+            }
         }
         if (++next_chunk == chunks) {
             next_chunk = 0;
@@ -319,15 +392,17 @@ __device__ __forceinline__ void convolve(const Halo& halo, const typename Tile::
         }
         buffer = buffers - buffer;
         if (++chunk < chunks) continue;
-        const ConvTile at = tiles.tile(walk.first + tile);
-        gemm_detail::turn<Tile>(dynamic_shared<float>(Memory::turn), acc, walk.first_column, epilogue,
-                                [&](unsigned row) { return tiles.row_pixel(at, row); });
 #pragma unroll
-        for (auto& fragments : acc)
+        for (unsigned c = 0; c < (cells ? 4 : 1); ++c) {
+            gemm_detail::turn<Tile>(dynamic_shared<float>(Memory::turn), acc[c], walk.first_column, epilogue,
+                                    [&](unsigned row) { return geometry.row_pixel(walk.first + tile, c, row); });
 #pragma unroll
-            for (auto& fragment : fragments)
+            for (auto& fragments : acc[c])
 #pragma unroll
-                for (float& sum : fragment) sum = 0.0f;
+                for (auto& fragment : fragments)
+#pragma unroll
+                    for (float& sum : fragment) sum = 0.0f;
+        }
         chunk = 0, ++tile;
     }
 }

@@ -1,13 +1,13 @@
 //! The dense 3×3 convolution on tensor cores. Formulas, shapes and bytes are in `kernels/conv3x3.cu`. The first layer, which
 //! has 3 inputs, is [`Stem`](super::stem::Stem).
 //!
-//! With stride 1, f16 and bf16 are computed on spatial tiles of images, whose halo is loaded once, and the gradient of their
-//! weights down strips of images; everything else, and small images, as an implicit product, which loads a value once for
-//! each tap that it lies under. What is read is stored plainly, as block outputs are: padding is zero after whatever is
-//! applied on load.
+//! f16 and bf16 are computed on spatial tiles of images, whose halo is loaded once, but for the output of a convolution of
+//! stride 2, and the gradient of weights down strips of images. That output, f32 and small images are an implicit product,
+//! which loads a value once for each tap that it lies under. What is read is stored plainly, as block outputs are: padding
+//! is zero after whatever is applied on load.
 
 use super::conv_strips::{self, StripProblem, Strips};
-use super::conv_tile::{self, BOUNDS, Columns, ConvTiles};
+use super::conv_tile::{self, BOUNDS, CellStride, Columns, ConvTiles};
 use super::gemm::{FastDivisor, Grid, RUNS, THREADS, Tile, WeightGrid, step_elements};
 use super::operand::{Arrival, GradientOutput, GradientView, Input, NormFinish, Output, OutputKind};
 use super::raw::RawElement;
@@ -26,13 +26,10 @@ const WGRAD: &str = "ppppppp{60:4}I{16:4}";
 const STRIPS: &str = "ppppp{132:4}";
 const FPROP_TILES: &str = "ppppppp{56:8}{64:4}IIII{12:4}";
 const DGRAD_TILES: &str = "pppppp{64:4}II{12:4}";
+const DGRAD_CELLS: &str = "pppppp{88:4}II{12:4}";
 
 const fn entry(name: &'static str, signature: &'static str) -> Entry {
     Entry { name, signature, threads: THREADS }
-}
-
-const fn slim(name: &'static str, signature: &'static str) -> Entry {
-    Entry { name, signature, threads: Tile::SLIM.threads }
 }
 
 const fn strips(name: &'static str, fragments: u32) -> Entry {
@@ -55,12 +52,6 @@ pub const FAMILY: Family = Family {
         entry("conv3x3_dgrad_narrow_f32", DGRAD),
         entry("conv3x3_dgrad_narrow_f16", DGRAD),
         entry("conv3x3_dgrad_narrow_bf16", DGRAD),
-        entry("conv3x3_dgrad_wide_f16", DGRAD),
-        entry("conv3x3_dgrad_wide_bf16", DGRAD),
-        slim("conv3x3_fprop_slim_f16", FPROP),
-        slim("conv3x3_fprop_slim_bf16", FPROP),
-        slim("conv3x3_dgrad_slim_f16", DGRAD),
-        slim("conv3x3_dgrad_slim_bf16", DGRAD),
         tiles("conv3x3_fprop_tiles32_f16", FPROP_TILES),
         tiles("conv3x3_fprop_tiles32_bf16", FPROP_TILES),
         tiles("conv3x3_fprop_tiles64_f16", FPROP_TILES),
@@ -71,6 +62,10 @@ pub const FAMILY: Family = Family {
         tiles("conv3x3_dgrad_tiles48_bf16", DGRAD_TILES),
         tiles("conv3x3_dgrad_tiles64_f16", DGRAD_TILES),
         tiles("conv3x3_dgrad_tiles64_bf16", DGRAD_TILES),
+        tiles("conv3x3_dgrad_cells32_f16", DGRAD_CELLS),
+        tiles("conv3x3_dgrad_cells32_bf16", DGRAD_CELLS),
+        tiles("conv3x3_dgrad_cells48_f16", DGRAD_CELLS),
+        tiles("conv3x3_dgrad_cells48_bf16", DGRAD_CELLS),
         entry("conv3x3_wgrad_f32", WGRAD),
         strips("conv3x3_wgrad_24_s1_f16", 3),
         strips("conv3x3_wgrad_24_s2_f16", 3),
@@ -187,13 +182,22 @@ fn axis_classes(stride: u32, pad: u32, side: u32) -> impl Iterator<Item = AxisCl
     classes.filter(|class| class.count > 0)
 }
 
+/// How dgrad is computed: on spatial tiles of pixels or, with stride 2, of cells, in a grid; or as implicit products of
+/// classes of pixels, in so many blocks.
+#[derive(Clone, Debug)]
+enum GradientWay {
+    Tiles(Columns, ConvTiles, Grid),
+    Cells(Columns, CellStride, Grid),
+    Classes(Box<GradientShape>, u32),
+}
+
 /// A convolution of certain shapes: what its launches are and cost, without a device.
 #[derive(Clone, Copy, Debug)]
 pub struct Conv3x3Shape {
     x: Shape,
     y: Shape,
     geometry: Geometry,
-    /// Where spatial tiles are better than an implicit product, if tensor cores multiply.
+    /// With stride 1, where spatial tiles are better than an implicit product, if tensor cores multiply.
     tiles: Option<ConvTiles>,
 }
 
@@ -229,11 +233,9 @@ impl Conv3x3Shape {
             out_height: FastDivisor::new(y.h as u32),
             inputs: FastDivisor::new(inputs as u32),
         };
-        // With stride 1 the padding is 1, and x and y are images of one size. Tiles compute 256 pixels at a time: where more
-        // than half of them would be dead, in small images, an implicit product takes less time.
+        // With stride 1 the padding is 1, and x and y are images of one size.
         let tiles = (stride == 1).then(|| ConvTiles::new(x.n as u32, x.h as u32, x.w as u32, BOUNDS));
-        let computed = |tiles: &ConvTiles| u64::from(tiles.count()) * u64::from(BOUNDS.pixels);
-        let tiles = tiles.filter(|tiles| computed(tiles) <= 2 * u64::from(tiles.pixels()));
+        let tiles = tiles.filter(|tiles| tiles.are_filled(BOUNDS));
         Ok(Self { x, y, geometry, tiles })
     }
 
@@ -262,11 +264,10 @@ impl Conv3x3Shape {
         self.y.pixels() as u64 * self.weights() as u64
     }
 
-    /// Of fprop's or dgrad's product with so many columns: the widest that computes no more than narrower ones.
+    /// Of fprop as an implicit product with so many columns: the widest that computes no more than narrower ones.
     const fn tile(dtype: Dtype, columns: usize) -> Tile {
         match dtype {
             Dtype::F32 => Tile::NARROW,
-            Dtype::F16 | Dtype::Bf16 if columns <= 32 => Tile::SLIM,
             Dtype::F16 | Dtype::Bf16 if columns.next_multiple_of(128) == columns.next_multiple_of(64) => {
                 Tile::WIDE
             }
@@ -274,7 +275,7 @@ impl Conv3x3Shape {
         }
     }
 
-    /// The spatial tiles of fprop and dgrad, if that is how they are computed.
+    /// The spatial tiles of fprop and of dgrad with stride 1, if that is how they are computed.
     const fn tiles(&self, dtype: Dtype) -> Option<ConvTiles> {
         match dtype {
             Dtype::F32 => None,
@@ -291,12 +292,31 @@ impl Conv3x3Shape {
         }
     }
 
+    /// How dgrad is computed.
+    fn gradient_way(&self, dtype: Dtype) -> GradientWay {
+        let (inputs, size) = (self.x.c as u32, |shape: Shape| [shape.h as u32, shape.w as u32]);
+        if let Some(tiles) = self.tiles(dtype) {
+            let columns = Columns::backward(inputs);
+            return GradientWay::Tiles(columns, tiles, self.gradient_grid(&columns, &tiles));
+        }
+        let Geometry { stride, pad_top, pad_left, .. } = self.geometry;
+        let columns = Columns::cells(inputs);
+        if stride == 2 && dtype != Dtype::F32 {
+            let (pad, images) = ([pad_top, pad_left], self.x.n as u32);
+            let cells = CellStride::new(images, size(self.x), size(self.y), pad, columns.bounds);
+            if cells.tiles.are_filled(columns.bounds) {
+                return GradientWay::Cells(columns, cells, self.gradient_grid(&columns, &cells.tiles));
+            }
+        }
+        let (classes, blocks) = self.gradient();
+        GradientWay::Classes(Box::new(classes), blocks)
+    }
+
     /// Of dgrad on spatial tiles. It has no sums over runs, so a block has just so many tiles that what it begins with, the
     /// first halo above all, takes little of its time; if there are enough for all multiprocessors.
-    fn gradient_grid(&self, tiles: &ConvTiles) -> Grid {
-        let (inputs, outputs) = (self.x.c as u32, self.y.c as u32);
-        let groups = Columns::backward(inputs).groups(inputs);
-        let wanted = TILED_STEPS.div_ceil(conv_tile::steps(outputs));
+    fn gradient_grid(&self, columns: &Columns, tiles: &ConvTiles) -> Grid {
+        let groups = columns.groups(self.x.c as u32);
+        let wanted = TILED_STEPS.div_ceil(conv_tile::steps(self.y.c as u32));
         let most = (tiles.count() * groups / TILED_BLOCKS).max(1);
         let of_block = wanted.min(most);
         Grid { tiles: of_block, runs: tiles.count().div_ceil(of_block), groups }
@@ -318,10 +338,10 @@ impl Conv3x3Shape {
         Cost { bytes: bytes as u64, tensor_operations: 2 * self.products(), operations: 0 }
     }
 
-    /// The classes of dgrad, those of most taps first, and the blocks of all.
-    fn gradient(&self, dtype: Dtype) -> (GradientShape, u32) {
+    /// The classes of dgrad as an implicit product, those of most taps first, and the blocks of all.
+    fn gradient(&self) -> (GradientShape, u32) {
         let Geometry { height, width, stride, pad_top, pad_left, .. } = self.geometry;
-        let tile = Self::tile(dtype, self.x.c);
+        let tile = Tile::NARROW;
         let mut pairs: Vec<_> = axis_classes(stride, pad_top, height)
             .flat_map(|down| axis_classes(stride, pad_left, width).map(move |across| (down, across)))
             .collect();
@@ -371,7 +391,7 @@ impl Conv3x3Shape {
         let (name, shared) = match self.tiles(dtype) {
             Some(tiles) => {
                 let columns = Columns::forward(y.c as u32);
-                (columns.name, columns.shared_forward(&tiles))
+                (columns.name, columns.shared_forward(tiles.halo()))
             }
             None => {
                 let tile = Self::tile(dtype, y.c);
@@ -396,15 +416,14 @@ impl Conv3x3Shape {
 
     /// The launch of [`Conv3x3::dgrad`], with something to add or not.
     pub fn dgrad_work(&self, dtype: Dtype, skip: bool) -> Work {
-        let (name, blocks, shared) = match self.tiles(dtype) {
-            Some(tiles) => {
-                let columns = Columns::backward(self.x.c as u32);
-                (columns.name, self.gradient_grid(&tiles).blocks(), columns.shared_backward(&tiles))
+        let (name, blocks, shared) = match self.gradient_way(dtype) {
+            GradientWay::Tiles(columns, tiles, grid) => {
+                (columns.name, grid.blocks(), columns.shared_backward(tiles.halo()))
             }
-            None => {
-                let tile = Self::tile(dtype, self.x.c);
-                (tile.name, self.gradient(dtype).1, tile.shared(2))
+            GradientWay::Cells(columns, cells, grid) => {
+                (columns.name, grid.blocks(), columns.shared_backward(cells.halo()))
             }
+            GradientWay::Classes(_, blocks) => (Tile::NARROW.name, blocks, Tile::NARROW.shared(2)),
         };
         let elements = 2 * self.y.elements() + self.weights() + (1 + usize::from(skip)) * self.x.elements();
         Work {
@@ -595,8 +614,7 @@ impl<T: RawElement> Conv3x3<T> {
         operands.write("dx", dx, shape.x.elements())?;
         let work = shape.dgrad_work(T::DTYPE, skip.is_some());
         let (inputs, outputs) = (shape.x.c as u32, shape.y.c as u32);
-        let tiled = shape.tiles(T::DTYPE).map(|tiles| (tiles, shape.gradient_grid(&tiles)));
-        let (classes, _) = shape.gradient(T::DTYPE);
+        let way = shape.gradient_way(T::DTYPE);
         let mut launch = self.dgrad.on(stream);
         launch.input(gradient.g).input(gradient.y).input(gradient.owed).input(weight);
         match skip {
@@ -604,10 +622,17 @@ impl<T: RawElement> Conv3x3<T> {
             None => launch.null(),
         };
         launch.output(dx);
-        match &tiled {
-            Some((tiles, grid)) => launch.value(tiles).value(&inputs).value(&outputs).value(grid),
-            None => launch.value(&classes),
-        };
+        match &way {
+            GradientWay::Tiles(_, tiles, grid) => {
+                launch.value(tiles).value(&inputs).value(&outputs).value(grid);
+            }
+            GradientWay::Cells(_, cells, grid) => {
+                launch.value(cells).value(&inputs).value(&outputs).value(grid);
+            }
+            GradientWay::Classes(classes, _) => {
+                launch.value(&**classes);
+            }
+        }
         // SAFETY: all buffers have their shapes and dx overlaps none. A block reads the pixels of y that those of its run
         // are reached from, within the image alone, and writes its run's pixels of dx, those that exist; each pixel is in
         // one class.
@@ -734,8 +759,8 @@ mod tests {
             outputs: 256,
         };
         let shape = Conv3x3Shape::new(&conv, Shape::new(256, 75, 75, 48)).unwrap();
-        let (gradient, blocks) = shape.gradient(Dtype::Bf16);
+        let (gradient, blocks) = shape.gradient();
         let taps = gradient.classes.map(|class| class.taps_down * class.taps_across.divisor);
-        assert_eq!((taps, shape.dgrad_work(Dtype::Bf16, true).grid[0]), ([4, 2, 2, 1], blocks));
+        assert_eq!((taps, shape.dgrad_work(Dtype::F32, true).grid[0]), ([4, 2, 2, 1], blocks));
     }
 }

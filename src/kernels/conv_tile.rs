@@ -1,12 +1,12 @@
-//! `kernels/include/conv_tile.cuh` on this side: how images are cut into tiles for a 3×3 convolution of stride 1, and how
-//! large those are.
+//! `kernels/include/conv_tile.cuh` and `conv_halo.cuh` on this side: how images are cut into tiles for a 3×3 convolution, and
+//! how large those are.
 
 use super::gemm::FastDivisor;
 use crate::device::Argument;
 use crate::device::cudarc::driver::DeviceRepr;
 
 /// What a kernel has room for.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Bounds {
     /// Pixels of a tile: rows of the product, or steps along its sum.
     pub(super) pixels: u32,
@@ -14,16 +14,20 @@ pub(super) struct Bounds {
     pub(super) halo: u32,
 }
 
-/// `ConvTileOf`: a spatial tile by so many columns.
+/// A spatial tile by so many columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Columns {
     /// The ending of its kernels' names, before that of the type.
     pub(super) name: &'static str,
     pub(super) columns: u32,
+    /// Rows of the product, each a pixel of a tile or a cell, and what a kernel has a table for.
+    pub(super) bounds: Bounds,
 }
 
-/// Rows of the product, each a pixel of a tile, and what a kernel has tables for.
+/// Of tiles of pixels.
 pub(super) const BOUNDS: Bounds = Bounds { pixels: 256, halo: 384 };
+/// Pixels of the halo of a tile of cells.
+const CELL_HALO: u32 = 192;
 /// Threads of a block.
 pub(super) const THREADS: u32 = 128;
 const WARPS: u32 = THREADS / 32;
@@ -37,9 +41,13 @@ pub(super) const fn steps(channels: u32) -> u32 {
 }
 
 impl Columns {
-    const C32: Self = Self { name: "tiles32", columns: 32 };
-    const C48: Self = Self { name: "tiles48", columns: 48 };
-    const C64: Self = Self { name: "tiles64", columns: 64 };
+    const C32: Self = Self { name: "tiles32", columns: 32, bounds: BOUNDS };
+    const C48: Self = Self { name: "tiles48", columns: 48, bounds: BOUNDS };
+    const C64: Self = Self { name: "tiles64", columns: 64, bounds: BOUNDS };
+    const CELLS32: Self =
+        Self { name: "cells32", columns: 32, bounds: Bounds { pixels: 128, halo: CELL_HALO } };
+    const CELLS48: Self =
+        Self { name: "cells48", columns: 48, bounds: Bounds { pixels: 64, halo: CELL_HALO } };
 
     /// Of those there are for fprop, whose sums over rows need a power of two, the widest that computes the fewest.
     pub(super) fn forward(columns: u32) -> Self {
@@ -51,28 +59,33 @@ impl Columns {
         Self::of(columns, &[Self::C64, Self::C48, Self::C32])
     }
 
+    /// Of those there are for dgrad with stride 2.
+    pub(super) fn cells(columns: u32) -> Self {
+        Self::of(columns, &[Self::CELLS32, Self::CELLS48])
+    }
+
     fn of(columns: u32, all: &[Self]) -> Self {
         let computed = |tile: &&Self| columns.next_multiple_of(tile.columns);
         // The first of those that are equal.
         *all.iter().min_by_key(computed).unwrap_or(&Self::C64)
     }
 
-    /// Bytes of `ConvMemory`, of weights whose rows in it have `row` bytes.
-    const fn shared(&self, rows: u32, row: u32, tiles: &ConvTiles) -> u32 {
+    /// Bytes of `ConvMemory`, of weights whose rows in it have `row` bytes, and of `halo` pixels.
+    const fn shared(&self, rows: u32, row: u32, halo: u32) -> u32 {
         let turn_rows = if self.columns < 64 { 16 } else { 8 };
         let turns = WARPS * turn_rows * (self.columns + 8) * 4;
         let pivots = WARPS * self.columns * 4;
-        STAGES * rows * row + turns + pivots + 2 * 4 * BOUNDS.halo + 2 * CHUNK_BYTES * tiles.halo()
+        STAGES * rows * row + turns + pivots + 2 * 4 * self.bounds.halo + 2 * CHUNK_BYTES * halo
     }
 
     /// The same of fprop.
-    pub(super) const fn shared_forward(&self, tiles: &ConvTiles) -> u32 {
-        self.shared(self.columns, CHUNK_BYTES, tiles)
+    pub(super) const fn shared_forward(&self, halo: u32) -> u32 {
+        self.shared(self.columns, CHUNK_BYTES, halo)
     }
 
     /// The same of dgrad.
-    pub(super) const fn shared_backward(&self, tiles: &ConvTiles) -> u32 {
-        self.shared(CHUNK_BYTES / 2, if self.columns == 32 { 64 } else { 128 }, tiles)
+    pub(super) const fn shared_backward(&self, halo: u32) -> u32 {
+        self.shared(CHUNK_BYTES / 2, if self.columns == 32 { 64 } else { 128 }, halo)
     }
 
     /// Groups of so many columns.
@@ -138,18 +151,64 @@ impl ConvTiles {
     pub(super) const fn halo(&self) -> u32 {
         (self.tile_height + 2) * self.halo_width.divisor
     }
+
+    /// Whether at least half of the rows that are computed are alive: else, in small images, an implicit product takes less
+    /// time, though it fetches more.
+    pub(super) fn are_filled(&self, bounds: Bounds) -> bool {
+        u64::from(self.count()) * u64::from(bounds.pixels) <= 2 * u64::from(self.pixels())
+    }
+}
+
+/// `CellStride`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct CellStride {
+    pub(super) tiles: ConvTiles,
+    out_height: u32,
+    out_width: u32,
+    height: u32,
+    width: u32,
+    pad_top: u32,
+    pad_left: u32,
+}
+
+impl CellStride {
+    /// For images `x` of [height, width] and `y`, and padding above and on the left.
+    pub(super) fn new(images: u32, x: [u32; 2], y: [u32; 2], pad: [u32; 2], bounds: Bounds) -> Self {
+        let cells = |axis: usize| (x[axis] - 1 + pad[axis]) / 2 + 1;
+        Self {
+            tiles: ConvTiles::new(images, cells(0), cells(1), bounds),
+            out_height: y[0],
+            out_width: y[1],
+            height: x[0],
+            width: x[1],
+            pad_top: pad[0],
+            pad_left: pad[1],
+        }
+    }
+
+    /// Pixels of a tile's halo, as they lie in memory.
+    pub(super) const fn halo(&self) -> u32 {
+        (self.tiles.tile_height + 1) * self.tiles.halo_width.divisor
+    }
 }
 
 // SAFETY: a plain struct of the layout that the kernels declare.
 unsafe impl DeviceRepr for ConvTiles {}
 
+// SAFETY: as above.
+unsafe impl DeviceRepr for CellStride {}
+
 impl Argument for ConvTiles {
     const CODE: &'static str = "{64:4}";
+}
+impl Argument for CellStride {
+    const CODE: &'static str = "{88:4}";
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{BOUNDS, Bounds, Columns, ConvTiles};
+    use super::{BOUNDS, Bounds, CellStride, Columns, ConvTiles};
 
     fn tile(height: u32, width: u32, bounds: Bounds) -> [u32; 3] {
         let tiles = ConvTiles::new(1, height, width, bounds);
@@ -178,6 +237,26 @@ mod tests {
         assert_eq!([16, 24, 64, 80, 192, 256].map(forward), [32, 32, 64, 32, 64, 64]);
         let backward = |columns| Columns::backward(columns).columns;
         assert_eq!([8, 24, 48, 64, 80, 96, 128, 200].map(backward), [32, 32, 48, 64, 48, 48, 64, 32]);
+        let cells = |columns| Columns::cells(columns).columns;
+        assert_eq!([8, 24, 48, 64, 80].map(cells), [32, 32, 48, 32, 32]);
+    }
+
+    /// Every pixel of x is in one cell, and of the pixels of y that it reaches none is before its cell's neighbours or after.
+    #[test]
+    fn cells_hold_every_pixel() {
+        assert_eq!(size_of::<CellStride>(), 88);
+        for side in 1..20 {
+            for pad in 0..2 {
+                let out = u32::div_ceil(side, 2);
+                let cells = CellStride::new(1, [side, side], [out, out], [pad, pad], BOUNDS);
+                let count = cells.tiles.height;
+                let held: Vec<u32> =
+                    (0..2 * count).filter(|at| (pad..side + pad).contains(at)).map(|at| at - pad).collect();
+                assert_eq!(held, (0..side).collect::<Vec<_>>(), "{side}, padding {pad}");
+                assert!(count == out || count == out + 1);
+                assert!(cells.halo() <= cells.tiles.halo());
+            }
+        }
     }
 
     /// The least of all GPUs since sm_80: 99 KB.
@@ -186,7 +265,7 @@ mod tests {
         let tiles = ConvTiles::new(1, 14, 22, Bounds { pixels: 14 * 22, halo: 384 });
         assert_eq!(tiles.halo(), BOUNDS.halo);
         for columns in [Columns::C32, Columns::C48, Columns::C64] {
-            let most = columns.shared_forward(&tiles).max(columns.shared_backward(&tiles));
+            let most = columns.shared_forward(tiles.halo()).max(columns.shared_backward(tiles.halo()));
             assert!(most <= 99 * 1024, "{columns:?}: {most}");
         }
     }

@@ -17,7 +17,7 @@ pub(super) struct Tile {
     pub(super) threads: u32,
 }
 
-/// Threads of a block, but for the slim tile.
+/// Threads of a block.
 pub(super) const THREADS: u32 = 256;
 /// Bytes of a step along the sum, in every row of an operand.
 const STEP_BYTES: u32 = 64;
@@ -30,8 +30,6 @@ impl Tile {
     /// 128 × 64.
     pub(super) const NARROW: Self =
         Self { name: "narrow", rows: 128, columns: 64, warp_rows: 4, threads: THREADS };
-    /// 128 × 32, for f16 and bf16.
-    pub(super) const SLIM: Self = Self { name: "slim", rows: 128, columns: 32, warp_rows: 4, threads: 128 };
     /// 64 × 128, for weights' gradients.
     pub(super) const WEIGHTS: Self =
         Self { name: "", rows: 64, columns: 128, warp_rows: 2, threads: THREADS };

@@ -493,7 +493,8 @@ backward(const T* x, const T* g, const T* raw, const float* owed, const float* r
                     for (unsigned j = 0; j < count; ++j) {
                         const float z = scale[j] * y[j] + shift[j], s = inside(v) ? sigmoid_of_x(z) : 0.0f;
                         active[v][j] = z * s;
-                        slope[v][j] = silu_grad(z, s);
+                        // As silu_grad has it, s (1 + z (1 - s)), with one operation less.
+                        slope[v][j] = s + (active[v][j] - active[v][j] * s);
                     }
                 }
 #pragma unroll

@@ -6,8 +6,9 @@ mod devices;
 use devices::{Bench, Layer, numbers};
 use effnetv2::Result;
 use effnetv2::backend::Activation;
+use effnetv2::device::Device;
 use effnetv2::device::cudarc::driver::CudaSlice;
-use effnetv2::kernels::batch_norm::{BatchNorm, BatchNormShape, Merge, MergeGradient};
+use effnetv2::kernels::batch_norm::{BatchNorm, BatchNormShape, Fold, Merge, MergeGradient};
 use effnetv2::tensor::{Dtype, Shape};
 use half::bf16;
 use std::process::ExitCode;
@@ -46,6 +47,23 @@ fn backward_silu(set: &mut Set) -> Result<()> {
     output.debt(|_, debt| set.plan.merge_backward_silu(device.compute(), gradient, &mut dz, debt, workspace))
 }
 
+/// The weights of a convolution, for inference.
+struct Folding {
+    device: Device,
+    plan: Fold<bf16>,
+    weights: CudaSlice<f32>,
+    scale: CudaSlice<f32>,
+    folded: CudaSlice<bf16>,
+}
+
+fn fold(set: &mut Folding) -> Result<()> {
+    let Folding { device, plan, weights, scale, folded } = set;
+    plan.fold(device.compute(), &weights.as_view(), &scale.as_view(), &mut folded.as_view_mut())
+}
+
+/// columns, outputs: the largest of each kind in the network
+const WEIGHTS: &[(usize, usize)] = &[(9 * 64, 256), (1536, 256)];
+
 /// side, channels: block outputs
 const LAYERS: &[(usize, usize)] = &[(150, 24), (75, 48), (38, 64), (19, 160), (10, 256)];
 
@@ -63,6 +81,20 @@ fn benchmarks(bench: &mut Bench) -> Result<()> {
         bench.case(&name, &[shape.merge_work(Activation::Identity, true, true)], set, merge)?;
         bench.case(&name, &[shape.merge_backward_work(Activation::Identity, true)], set, backward)?;
         bench.case(&name, &[shape.merge_backward_work(Activation::Silu, false)], set, backward_silu)?;
+    }
+    for &(columns, channels) in WEIGHTS {
+        let weights = bench.size(columns, 16) * channels;
+        let set = |device: &Device| {
+            Ok(Folding {
+                device: device.clone(),
+                plan: Fold::plan(device, weights, channels)?,
+                weights: numbers(device, weights, |value| value)?,
+                scale: numbers(device, channels, |value| value)?,
+                folded: device.zeros(weights)?,
+            })
+        };
+        let work = set(&bench.device)?.plan.work().clone();
+        bench.case(&format!("{weights} weights of {channels} channels"), &[work], set, fold)?;
     }
     Ok(())
 }

@@ -3,8 +3,8 @@
 #
 #     benches/bundle.sh [--out FOLDER]      # needs nvcc, as every build with kernels does
 #
-# It holds the program, the device tests and the benchmarks, stripped, and the scripts. Each of these programs has all
-# kernels in itself; packed together they take the room of one. EFFNETV2_CUDA_ARCHS works as in any build.
+# It holds the program, the device tests with their files, and the benchmarks, stripped, and the scripts. Each of these
+# programs has all kernels in itself; packed together they take the room of one. EFFNETV2_CUDA_ARCHS works as in any build.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,13 +18,17 @@ while [ $# -gt 0 ]; do
     esac
 done
 export EFFNETV2_REQUIRE_CUDA=1
+# Where CI puts the compiler, unless there is another.
+if ! command -v nvcc >/dev/null && [ -z "${NVCC:-}${VIRTUAL_ENV:-}" ] && [ -d target/nvcc ]; then
+    export VIRTUAL_ENV=$PWD/target/nvcc
+fi
 command -v xz >/dev/null || { echo "xz packs the programs: install it (xz-utils)" >&2 && exit 1; }
 
 commit=$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
 [ -z "$(git status --porcelain --untracked-files=no 2>/dev/null)" ] || commit="$commit and changes"
 
 # Tests that have a device to run on, but for those of the build itself, which need its tools and folders.
-tests=$(grep -l '^mod devices;' tests/*.rs | xargs -n 1 basename -s .rs | grep -vE '^(kernel_table|machine_code|plan|program_kernels)$')
+tests=$(grep -l '^mod devices;' tests/*.rs | xargs -n 1 basename -s .rs | grep -vE '^(kernel_table|libraries|machine_code|plan|program_kernels)$')
 benches=$(for bench in benches/*.rs; do basename "$bench" .rs; done)
 targets=()
 for name in $tests; do targets+=(--test "$name"); done
@@ -40,7 +44,7 @@ messages=$(mktemp)
 packed=$(mktemp -d)
 trap 'rm -rf "$messages" "$packed"' EXIT
 # Tests bring the program along, which they run.
-cargo test --release --no-run "${targets[@]}" --message-format=json-render-diagnostics >"$messages"
+cargo test --release --no-run --features peers "${targets[@]}" --message-format=json-render-diagnostics >"$messages"
 for kind in bin test bench; do
     mkdir "$packed/$kind"
     programs $kind "$messages" | sort -u | while IFS= read -r path; do
@@ -51,12 +55,15 @@ for kind in bin test bench; do
     done
 done
 
+mkdir "$packed/goldens"
+cp tests/goldens/*.json "$packed/goldens"
+
 rm -rf "$out"
 mkdir -p "$out/peers"
 # Programs that lie beside each other have their kernels within the reach of one dictionary.
-tar -C "$packed" -c bin test bench | xz --threads=1 --lzma2=preset=6,dict=96MiB >"$out/programs.tar.xz"
+tar -C "$packed" -c bin test bench goldens | xz --threads=1 --lzma2=preset=6,dict=96MiB >"$out/programs.tar.xz"
 cp benches/bundle/run.sh benches/compare.py "$out"
-cp benches/peers/pytorch.py "$out/peers"
+cp benches/peers/pytorch.py benches/peers/libraries.sh "$out/peers"
 echo "$commit" >"$out/VERSION"
 
 count() { find "$packed/$1" -type f | wc -l; }

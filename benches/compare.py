@@ -10,7 +10,9 @@ In --out it leaves every report as it came, and the table as compare.json and co
 """
 import argparse
 import json
+import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -109,10 +111,24 @@ def run(command, seconds):
     """Whether it ended well within its time; what went wrong goes to standard error."""
     print("+", " ".join(command), flush=True)
     try:
-        return subprocess.run(command, timeout=seconds).returncode == 0
-    except (OSError, subprocess.TimeoutExpired) as problem:
+        process = subprocess.Popen(command)
+    except OSError as problem:
         print(f"not done: {problem}", file=sys.stderr, flush=True)
         return False
+    try:
+        return process.wait(seconds) == 0
+    except subprocess.TimeoutExpired:
+        print(f"not done after {seconds:.0f} s", file=sys.stderr, flush=True)
+        return False
+    finally:
+        # Asked first, so that it can end what it has started itself.
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def read(path):
@@ -128,7 +144,22 @@ def default_program():
     return os.path.join(HERE, "..", "target", "release", name)
 
 
+def write(folder, ours, theirs):
+    """The table so far, as JSON and Markdown; gives its rows."""
+    rows = compare(ours, theirs)
+    head = {"command": sys.argv}
+    for name in ("tool", "machine"):
+        head[name + "s"] = [report[name] for report in [*ours[:1], *theirs[:1]]]
+    with open(os.path.join(folder, "compare.json"), "w", encoding="utf-8") as file:
+        json.dump({**head, "rows": rows}, file, indent=1, ensure_ascii=False)
+    with open(os.path.join(folder, "compare.md"), "w", encoding="utf-8") as file:
+        file.write(table(rows))
+    return rows
+
+
 def main():
+    # So that what is under way ends with this.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", default="step", help="step, blocks, ops; comma-separated")
     parser.add_argument("--model", default="s")
@@ -143,6 +174,7 @@ def main():
     parser.add_argument("--program", default=default_program(), help="default: target/release/effnetv2")
     parser.add_argument("--python", default=sys.executable, help="a Python that has torch and timm")
     parser.add_argument("--seconds", type=int, default=3600, help="limit of one run of one side")
+    parser.add_argument("--total", type=float, default=math.inf, help="limit of all in seconds; default: none")
     parser.add_argument("--out", default="runs/compare")
     args = parser.parse_args()
     if not os.path.exists(args.program):
@@ -150,34 +182,33 @@ def main():
     os.makedirs(args.out, exist_ok=True)
     dtypes = (args.dtypes or ("bf16,f16" if args.device == "cuda" else "f32")).split(",")
     ours, theirs, complete = [], [], True
-    for turn in range(args.turns):
-        for what in args.what.split(","):
-            for dtype in dtypes:
-                stem = os.path.join(args.out, f"{what}-{dtype}-{turn + 1}")
-                shared = ["--model" if what != "blocks" else "--models", args.model, "--size", str(args.size),
-                          "--batch", str(args.batch), "--rounds", str(args.rounds), "--threads", str(args.threads)]
-                on_device = ["--device", args.device, "--dtype", dtype]
-                start = time.time()
-                complete &= run([args.program, "bench", what, *shared, *on_device, "--out", stem],
-                                args.seconds)
-                ours += read(os.path.join(stem, f"{what}.json"))
-                shared[0] = "--model"
-                modes = ["--modes", args.modes] if args.modes else []
-                path = f"{stem}-pytorch.json"
-                complete &= run([args.python, os.path.join(HERE, "peers", "pytorch.py"), what, *shared, "--device",
-                                 args.device, "--dtype", dtype, *modes, "--json", path], args.seconds)
-                theirs += read(path)
-                print(f"turn {turn + 1}, {what}, {dtype}: {time.time() - start:.0f} s\n", flush=True)
-    rows = compare(ours, theirs)
-    text = table(rows)
-    print(text)
-    machines = [report["machine"] for report in [*ours[:1], *theirs[:1]]]
-    tools = [report["tool"] for report in [*ours[:1], *theirs[:1]]]
-    with open(os.path.join(args.out, "compare.json"), "w", encoding="utf-8") as file:
-        json.dump({"command": sys.argv, "tools": tools, "machines": machines, "rows": rows}, file, indent=1,
-                  ensure_ascii=False)
-    with open(os.path.join(args.out, "compare.md"), "w", encoding="utf-8") as file:
-        file.write(text)
+    start = time.monotonic()
+    for turn, what, dtype in [(turn, what, dtype) for turn in range(args.turns) for what in args.what.split(",")
+                              for dtype in dtypes]:
+        left = lambda: min(args.seconds, args.total - (time.monotonic() - start))
+        if left() < 20:
+            print(f"turn {turn + 1}, {what}, {dtype}: no time is left", file=sys.stderr)
+            complete = False
+            continue
+        began = time.monotonic()
+        stem = os.path.join(args.out, f"{what}-{dtype}-{turn + 1}")
+        shared = ["--model" if what != "blocks" else "--models", args.model, "--size", str(args.size),
+                  "--batch", str(args.batch), "--rounds", str(args.rounds), "--threads", str(args.threads),
+                  "--device", args.device, "--dtype", dtype]
+        complete &= run([args.program, "bench", what, *shared, "--out", stem], left())
+        ours += read(os.path.join(stem, f"{what}.json"))
+        shared[0] = "--model"
+        modes = ["--modes", args.modes] if args.modes else []
+        limit = [] if math.isinf(args.total) else ["--total-seconds", f"{max(1.0, left() - 8):.0f}"]
+        path = f"{stem}-pytorch.json"
+        complete &= run([args.python, os.path.join(HERE, "peers", "pytorch.py"), what, *shared, *modes, *limit,
+                         "--json", path], left())
+        theirs += read(path)
+        print(f"turn {turn + 1}, {what}, {dtype}: {time.monotonic() - began:.0f} s\n", flush=True)
+        # After each, so that whoever stops this has what was measured until then.
+        write(args.out, ours, theirs)
+    rows = write(args.out, ours, theirs)
+    print(table(rows))
     if not rows:
         sys.exit("nothing was measured on both sides; see above")
     sys.exit(0 if complete else 1)

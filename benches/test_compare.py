@@ -1,6 +1,9 @@
 """python3 -m unittest discover benches: what compare.py and the peers compute without measuring."""
+import json
 import os
 import sys
+import tempfile
+import time
 import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -51,6 +54,36 @@ class Compare(unittest.TestCase):
         self.assertIn("| eager            |  2.50 |   0.50 |", lines[2])
 
 
+    def test_what_takes_too_long_is_ended_with_all_it_has_started(self):
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            # As pytorch.py: a process that runs its cases in others, and ends with them when it is asked to.
+            path = os.path.join(folder, "pid")
+            inner = f"import os, time; open({path!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+            outer = ("import signal, subprocess, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); "
+                     f"subprocess.run([sys.executable, '-c', {inner!r}])")
+            self.assertFalse(compare.run([sys.executable, "-c", outer], 3))
+            with open(path) as file:
+                pid = int(file.read())
+        self.assertLess(time.monotonic() - start, 20)
+        with self.assertRaises(ProcessLookupError):
+            os.kill(pid, 0)
+        self.assertTrue(compare.run([sys.executable, "-c", ""], 60))
+        self.assertFalse(compare.run([sys.executable, "-c", "raise SystemExit(1)"], 60))
+        self.assertFalse(compare.run(["/nonexistent"], 60))
+
+    def test_the_table_so_far_is_written(self):
+        head = {"tool": {"name": "x"}, "machine": {"device": "cpu"}}
+        ours, theirs = {**report(step("plain", 10.0)), **head}, {**report(step("eager", 25.0)), **head}
+        with tempfile.TemporaryDirectory() as folder:
+            self.assertEqual(compare.write(folder, [ours], []), [])
+            (row,) = compare.write(folder, [ours], [theirs])
+            with open(os.path.join(folder, "compare.json"), encoding="utf-8") as file:
+                written = json.load(file)
+            self.assertEqual((written["rows"], written["machines"]), ([row], [head["machine"]] * 2))
+            self.assertTrue(os.path.getsize(os.path.join(folder, "compare.md")) > 100)
+
+
 class Peers(unittest.TestCase):
     def test_shapes_are_those_of_the_rust_side(self):
         places = pytorch.places("s", 300)
@@ -58,6 +91,25 @@ class Peers(unittest.TestCase):
         first, last = places[0], places[-1]
         self.assertEqual((first["inputs"], first["outputs"], first["side"], first["count"]), (24, 24, 150, 2))
         self.assertEqual((last["inputs"], last["outputs"], last["side"], last["count"]), (256, 256, 10, 14))
+
+    def test_the_fastest_modes_are_among_those_that_a_gpu_is_asked_for(self):
+        class Args:
+            what, pass_, modes, device = "step", "both", None, "cuda"
+        cases = pytorch.cases(Args)
+        for mode in ("graph", "compile-graph", "max-autotune"):
+            self.assertIn((mode, "training"), cases)
+        self.assertIn(("max-autotune", "inference"), cases)
+        Args.device = "cpu"
+        self.assertNotIn(("graph", "training"), pytorch.cases(Args))
+
+    def test_a_case_that_fails_or_takes_too_long_says_so(self):
+        class Args:
+            what, model, size, batch, dtype = "step", "s", 32, 1, "f32"
+            given = ["step", "--model", "no such model", "--device", "cpu"]
+        (failed,) = pytorch.one_case(Args, "eager", "training", 60)
+        self.assertTrue(failed["error"] and "time" not in failed)
+        (late,) = pytorch.one_case(Args, "eager", "inference", 0.001)
+        self.assertEqual((late["error"], late["pass"]), ("not done after 0 s", "inference"))
 
     def test_every_convolution_of_s_is_listed_once(self):
         layers = pytorch.layers("s", 300)

@@ -100,6 +100,17 @@ pub enum Error {
         /// What to do; begins with a separator, or is empty.
         remedy: &'static str,
     },
+    /// A library of NVIDIA's, against which ours is measured, cannot be opened, refused or failed.
+    #[cfg(feature = "peers")]
+    #[error("{library} cannot {action}: {problem}")]
+    Library {
+        /// Its name.
+        library: &'static str,
+        /// What was tried.
+        action: String,
+        /// What it said, or what to do.
+        problem: String,
+    },
     /// The arena cannot hold what a step asks for.
     #[error(
         "the arena has {capacity} bytes, {used} in use, and {asked} more are asked for: plan it for this shape"

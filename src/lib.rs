@@ -43,6 +43,7 @@
 //! - `cli` (default): the command-line program and its dependencies.
 //! - `cuda` (default): NVIDIA GPUs. Needs neither a toolkit nor a driver to build: without nvcc no kernels are embedded, and
 //!   without a driver opening a device is an error.
+//! - `peers`: NVIDIA's cuBLASLt and cuDNN beside ours (`effnetv2 bench libraries`), opened when that is asked for.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod backend;
@@ -58,6 +59,8 @@ pub mod kernels;
 pub mod model;
 pub mod nn;
 pub mod optimizer;
+#[cfg(feature = "peers")]
+pub mod peers;
 mod pool;
 pub mod random;
 pub mod reference;

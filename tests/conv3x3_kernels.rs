@@ -15,6 +15,7 @@ use effnetv2::Error;
 use effnetv2::backend::Activation;
 use effnetv2::device::Device;
 use effnetv2::kernels::conv3x3::{Conv3x3, Conv3x3Shape};
+use effnetv2::kernels::tuning::Choices;
 use effnetv2::kernels::{Arrival, GradientOutput, GradientView, Input, Output, OutputKind, Workspace};
 use effnetv2::tensor::{Conv, ConvKind, Dtype, Padding, Real, Shape};
 use elements::{EPSILON, Sample, unwritten, wide, written};
@@ -54,7 +55,7 @@ fn on_device<T: Sample>(
     skips: bool,
 ) -> Outcome<T> {
     let stream = device.compute();
-    let plan = Conv3x3::<T>::plan_in(device, &case.conv, case.x_shape, dtype).unwrap();
+    let plan = Conv3x3::<T>::plan_with(device, &case.conv, case.x_shape, dtype, Choices::default()).unwrap();
     let mut workspace = Workspace::new(device, plan.workspace_floats()).unwrap();
     let (x, weight) = (device.upload(&case.x).unwrap(), device.upload(&case.weight).unwrap());
     let (x, weight) = (x.as_view(), weight.as_view());
@@ -352,7 +353,7 @@ fn every_layout_of_strips_is_exact() {
 
 /// The same of spatial tiles, of which there are more than 512 runs of fprop and twice 1024 blocks of dgrad.
 #[test]
-fn blocks_walk_over_several_spatial_tiles() {
+fn many_spatial_tiles_are_exact() {
     let Some(device) = device() else { return };
     let conv = dense(1, Padding::Same, 8, 8);
     let images = (2048, 12, 12);

@@ -8,7 +8,7 @@ use effnetv2::model::Naming;
 use effnetv2::reference::Reference;
 use golden::Evaluated;
 
-fn check<F: effnetv2::tensor::Real>(case: &str, model: &str, naming: Naming, tolerance: f64) {
+fn check<F: effnetv2::tensor::Real>(case: &'static str, model: &str, naming: Naming, tolerance: f64) {
     golden::check(Reference::<F>::new(), (case, model, naming), Evaluated::Both, tolerance);
 }
 

@@ -464,6 +464,35 @@ goldens! {
     torchvision_s_64: "s", Torchvision, Calibrated;
 }
 
+/// The error of a type's gradients against PyTorch's in the same type, both measured against f64: the ratio of their mean
+/// of 1 − cosine.
+fn against_pytorch<T: FusedElement>(device: &Device, case: &golden::Case, exact: &(f64, Vec<f64>)) -> f64 {
+    let found = case.gradients(Accelerated::<T>::new(device, false).unwrap());
+    let [ours, theirs] = case.reduced(T::SUFFIX, &found, exact);
+    println!("{}: ours {ours}; PyTorch's {theirs}", T::SUFFIX);
+    assert!(ours.loss < 0.02);
+    ours.mean_loss_of_direction() / theirs.mean_loss_of_direction()
+}
+
+/// The networks are small and their batches, too: batch norm over a handful of pixels makes rounding matter as it never
+/// does in training, to PyTorch as well. How an error falls out is chance, of which one network says little.
+#[test]
+fn half_precision_is_no_worse_than_pytorchs() {
+    let Some((device, _alone)) = device_alone() else { return };
+    let cases = [("nano_24", "nano"), ("nano_odd_37", "nano"), ("tf_b0_64", "b0"), ("tf_s_96", "s")];
+    let ratios = cases.map(|(name, model)| {
+        let case = golden::Case::read((name, model, Naming::Timm));
+        let exact = case.gradients(Reference::<f64>::new());
+        [against_pytorch::<bf16>(&device, &case, &exact), against_pytorch::<f16>(&device, &case, &exact)]
+    });
+    println!("{ratios:.2?}");
+    for dtype in 0..2 {
+        let ratios = ratios.map(|of| of[dtype]);
+        assert!(ratios.iter().all(|&ratio| ratio < 1.5), "{ratios:?}");
+        assert!(ratios.iter().product::<f64>() <= 1.0, "{ratios:?}");
+    }
+}
+
 #[test]
 fn gpu() {
     again_on_a_gpu("gpu");

@@ -6,15 +6,18 @@ mod devices;
 
 use devices::{again_on_a_gpu, device};
 use effnetv2::backend::{Backend, Normalisation, PassKind, State, StepKey};
+use effnetv2::bench::tune::{candidates, possible};
 use effnetv2::data::MixPlan;
 use effnetv2::device::{Device, Launched};
-use effnetv2::kernels::fused::{Accelerated, FusedElement, Planner};
+use effnetv2::kernels::fused::{Accelerated, Convolution, FusedElement, Planner};
+use effnetv2::kernels::tuning::{Tuning, key};
 use effnetv2::kernels::{Cost, Work};
 use effnetv2::model::{Architecture, Dataflow, initial_values, traffic};
 use effnetv2::nn::Network;
 use effnetv2::optimizer::{Rule, Scalars, Step};
 use effnetv2::tensor::{ConvKind, Dtype};
 use half::{bf16, f16};
+use std::sync::Arc;
 
 const BATCH: usize = 256;
 
@@ -114,6 +117,22 @@ fn launched<T: FusedElement>(
     device.take_launches()
 }
 
+/// What a step launches by plan.
+fn planned(
+    network: &Network,
+    kind: PassKind,
+    dtype: Dtype,
+    tuning: Option<&Arc<Tuning>>,
+) -> (Planner, Vec<Work>) {
+    let mut planner = Planner::new(dtype);
+    if let Some(tuning) = tuning {
+        planner = planner.tuned(Arc::clone(tuning));
+    }
+    network.rehearse_training(&mut planner, kind, Rule::PAPER).unwrap();
+    let works = planner.draw().into_iter().chain(planner.launches().iter().cloned()).collect();
+    (planner, works)
+}
+
 /// A step launches what was planned, in that order, and nothing else.
 fn check_launches<T: FusedElement>(device: &Device, model: &str, images: usize) {
     check_launches_of(Accelerated::<T>::new(device, false).unwrap(), model, images);
@@ -123,11 +142,35 @@ fn check_launches_of<T: FusedElement>(backend: Accelerated<T>, model: &str, imag
     let dtype = backend.dtype();
     let network = Network::new(Architecture::find(model).unwrap().network(10));
     let kind = PassKind { images, side: 32, dropout: 0.2, first: true, last: true };
-    let mut planner = Planner::new(dtype);
-    network.rehearse_training(&mut planner, kind, Rule::PAPER).unwrap();
-    let planned: Vec<Work> = planner.draw().into_iter().chain(planner.launches().iter().cloned()).collect();
-    let launched = launched(backend, &network, kind);
-    for (i, (work, launched)) in planned.iter().zip(&launched).enumerate() {
+    let (_, by_rule) = planned(&network, kind, dtype, None);
+    compare(model, dtype, &by_rule, &launched(backend, &network, kind));
+}
+
+/// The same with everything chosen that can be: once all first choices, once all last.
+fn check_choices<T: FusedElement>(device: &Device, model: &str, images: usize) {
+    let network = Network::new(Architecture::find(model).unwrap().network(10));
+    let kind = PassKind { images, side: 32, dropout: 0.2, first: true, last: true };
+    let (planner, by_rule) = planned(&network, kind, T::DTYPE, None);
+    for last in [false, true] {
+        let mut tuning = Tuning::of(device, "test".into()).unwrap();
+        for candidate in candidates(planner.convolutions(), T::DTYPE) {
+            let possible = possible(&candidate, T::DTYPE).unwrap();
+            let Some(choice) = (if last { possible.last() } else { possible.first() }) else { continue };
+            let Convolution { conv, x, .. } = candidate.convolution;
+            tuning.add(key(&conv, x, T::DTYPE, candidate.launch), *choice, [1.0, 1.0]);
+        }
+        assert!(!tuning.launches.is_empty());
+        let tuning = Arc::new(tuning);
+        let (_, chosen) = planned(&network, kind, T::DTYPE, Some(&tuning));
+        // In f32 there is one kernel for each, and cut as by the rule where there is so little work.
+        assert!(chosen != by_rule || T::DTYPE == Dtype::F32, "{model}: nothing was chosen");
+        let backend = Accelerated::<T>::new(device, false).unwrap().tuned(Some(tuning));
+        compare(model, T::DTYPE, &chosen, &launched(backend, &network, kind));
+    }
+}
+
+fn compare(model: &str, dtype: Dtype, planned: &[Work], launched: &[Launched]) {
+    for (i, (work, launched)) in planned.iter().zip(launched).enumerate() {
         assert!(work.is(launched), "{model}, {dtype} {i}: {work:?} was planned, {launched} launched");
     }
     assert_eq!(planned.len(), launched.len(), "{model}, {dtype}");
@@ -143,6 +186,14 @@ fn what_is_planned_is_launched() {
     // Every kind of block there is, with kernels of 5×5 among them.
     check_launches::<bf16>(&device, "v1-b0", 2);
     check_launches::<bf16>(&device, "b0", 2);
+}
+
+#[test]
+fn what_is_chosen_is_launched() {
+    let Some(device) = device() else { return };
+    check_choices::<f32>(&device, "nano", 3);
+    check_choices::<f16>(&device, "nano", 3);
+    check_choices::<bf16>(&device, "nano", 4);
 }
 
 #[test]

@@ -12,6 +12,7 @@ use effnetv2::Error;
 use effnetv2::backend::{Activation, VarianceEstimator};
 use effnetv2::device::Device;
 use effnetv2::kernels::pointwise::{Classifier, Passes, Pointwise, PointwiseWork};
+use effnetv2::kernels::tuning::Choices;
 use effnetv2::kernels::{
     Arrival, Debt, GradientKind, GradientOutput, GradientView, Input, InputKind, Output, OutputKind,
     Statistics, Workspace,
@@ -151,7 +152,7 @@ enum Launches {
 fn on_device<T: Sample>(device: &Device, data: &Data<T>, variant: Variant) -> Vec<Outcome<T>> {
     let stream = device.compute();
     let (shape, out, c, o) = (data.shape(), data.out(), data.shape().c, data.outputs);
-    let plan = Pointwise::<T>::plan_in(device, shape, o, data.dtype).unwrap();
+    let plan = Pointwise::<T>::plan_with(device, shape, o, data.dtype, Choices::default()).unwrap();
     let floats = plan.workspace_floats().max(plan.work().one_pass_floats());
     let mut workspace = Workspace::new(device, floats).unwrap();
     let vector = |values: &[f32]| device.upload(values).unwrap();
@@ -751,7 +752,7 @@ fn tf32_rounds_the_factors() {
         [exact, rounded, data].map(|data| on_device(&device, &data, VARIANTS[0]).remove(0));
     assert_eq!((&rounded.y, &rounded.dx, &rounded.dweight), (&exact.y, &exact.dx, &exact.dweight));
     assert!(full.y != exact.y && full.dx != exact.dx && full.dweight != exact.dweight);
-    let plan = Pointwise::<bf16>::plan_in(&device, shape, outputs, Dtype::Tf32);
+    let plan = Pointwise::<bf16>::plan_with(&device, shape, outputs, Dtype::Tf32, Choices::default());
     assert!(matches!(plan, Err(Error::Shape { .. })));
 }
 

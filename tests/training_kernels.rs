@@ -12,12 +12,13 @@ use effnetv2::backend::Backend;
 use effnetv2::data::Splits;
 use effnetv2::device::Device;
 use effnetv2::kernels::fused::{Accelerated, FusedElement};
+use effnetv2::kernels::optimizer::FAMILY;
 use effnetv2::optimizer::LossScale;
 use effnetv2::reference::Reference;
 use effnetv2::report::metrics;
 use effnetv2::train::checkpoint::{self, Checkpoint};
-use effnetv2::train::run::{CHECKPOINT, METRICS, Record, RunFolder};
-use effnetv2::train::{Silent, TrainConfig, Trainer};
+use effnetv2::train::run::{CHECKPOINT, METRICS, Record, RunFolder, StepRecord};
+use effnetv2::train::{Observer, Silent, TrainConfig, Trainer};
 use half::{bf16, f16};
 use small_runs::{Diary, few, plain, run_on};
 use std::path::Path;
@@ -192,6 +193,58 @@ fn a_divergence_ends_the_run_and_spares_the_checkpoint() {
         let network = checkpoint.network().unwrap();
         let weights = checkpoint.weights(&Reference::<f32>::new(), &network, Default::default()).unwrap();
         assert!(weights.params.iter().chain(&weights.stats).all(|value| value.is_finite()));
+    }
+}
+
+/// A run whose device fails after its third step.
+struct Sabotage {
+    device: Device,
+    steps: usize,
+}
+
+impl Observer for Sabotage {
+    fn step(&mut self, _record: &StepRecord) {
+        self.steps += 1;
+        if self.steps == 3 {
+            let stream = self.device.compute();
+            let kernel = self.device.module(&FAMILY).unwrap().kernel("optimizer_cast_bf16").unwrap();
+            let values = self.device.zeros::<f32>(8).unwrap();
+            let mut copy = self.device.zeros::<bf16>(8).unwrap();
+            let (values, mut copy, too_many) = (values.as_view(), copy.as_view_mut(), 1_u32 << 20);
+            let mut launch = kernel.on(stream);
+            launch.input(&values).output(&mut copy).value(&too_many);
+            self.device.host_control().unwrap().defer(true);
+            // SAFETY: it is not: the host device must find the access beyond the buffers and refuse it.
+            unsafe { launch.run([512, 1, 1], 0, "too many values") }.unwrap();
+        }
+    }
+}
+
+/// The error names the checkpoint that is left, and who resumes it ends as if nothing had been. Only the host device
+/// survives the failure.
+#[test]
+fn a_device_that_fails_leaves_the_last_checkpoint() {
+    let Some((device, _alone)) = device_alone() else { return };
+    let Some(control) = device.host_control() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    // In the second epoch, where the next to ask the device is a step, an evaluation, or a checkpoint.
+    for (name, checkpoint_every) in [("step", 0), ("checkpoint", 3)] {
+        let (splits, mut config) = (splits(), config());
+        config.checkpoint_every = checkpoint_every;
+        let whole = folder.path().join(format!("{name}-whole"));
+        run_on(backend::<bf16>(&device, true), &whole, config.clone(), &splits, None);
+        let path = folder.path().join(name);
+        let run = RunFolder::create(&path, &config).unwrap();
+        let classes = splits.train.classes().to_vec();
+        let mut trainer = Trainer::new(backend::<bf16>(&device, true), config, classes, None).unwrap();
+        let mut sabotage = Sabotage { device: device.clone(), steps: 0 };
+        let message = trainer.run(&splits, &run, &mut sabotage).unwrap_err().to_string();
+        control.defer(false);
+        let left = path.join(CHECKPOINT).display().to_string();
+        assert!(message.contains(&format!("the last good checkpoint is {left}")), "{name}: {message}");
+        assert!(message.contains("CUDA_ERROR") && sabotage.steps == 3, "{name}: {message}");
+        resume(backend::<bf16>(&device, true), &path, &splits);
+        assert!(checkpoint(&path) == checkpoint(&whole), "{name}");
     }
 }
 

@@ -30,6 +30,7 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -493,21 +494,21 @@ def machine(args):
     return found
 
 
-def one_case(args, mode, pass_):
-    """Runs a mode in a process of its own; gives its results, or one that holds the error."""
+def one_case(args, mode, pass_, seconds):
+    """Runs a mode in a process of its own, for so many seconds at most; gives its results, or one that holds the error."""
     handle, path = tempfile.mkstemp(suffix=".json")
     os.close(handle)
     command = [sys.executable, os.path.abspath(__file__), *args.given, "--mode", mode, "--pass", pass_,
                "--case", path]
     problem = None
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=args.case_seconds)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
         if done.returncode == 0:
             with open(path) as file:
                 return json.load(file)
         problem = (done.stderr.strip().splitlines() or ["no output"])[-1][:300]
     except subprocess.TimeoutExpired:
-        problem = f"not done after {args.case_seconds} s"
+        problem = f"not done after {seconds:.0f} s"
     finally:
         os.unlink(path)
     failed = {"kind": args.what.rstrip("s"), "model": args.model, "size": args.size, "batch": args.batch,
@@ -549,7 +550,21 @@ def words(result):
             f"{result['mode']:8} {result['time']['median']:8.3f} ms")
 
 
+def write(args, results):
+    """The report so far."""
+    import torch
+    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    tool = {"name": "pytorch", "version": torch.__version__, "commit": torch.version.git_version or "unknown"}
+    report = {"schema": SCHEMA, "command": sys.argv, "tool": tool, "machine": machine(args), "date": now,
+              "results": results}
+    with open(args.json, "w", encoding="utf-8") as file:
+        json.dump(report, file, indent=1, ensure_ascii=False)
+
+
 def main():
+    start = time.monotonic()
+    # So that a mode under way ends with this.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=list(WORK))
     parser.add_argument("--model", default="s", help="s, m, l; for `step` also xl, b0 to b3, v1-b0 to v1-b7")
@@ -565,6 +580,7 @@ def main():
     parser.add_argument("--warm-up", type=float, default=0.5)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--case-seconds", type=int, default=1800, help="limit of one mode")
+    parser.add_argument("--total-seconds", type=float, default=math.inf, help="limit of all of them")
     parser.add_argument("--json", help="where to write the results")
     parser.add_argument("--mode", help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -592,16 +608,13 @@ def main():
     args.given = sys.argv[1:] + ["--device", args.device]
     results = []
     for mode, pass_ in cases(args):
-        for result in one_case(args, mode, pass_):
+        left = args.total_seconds - (time.monotonic() - start)
+        for result in one_case(args, mode, pass_, max(1.0, min(args.case_seconds, left))):
             results.append(result)
             print(words(result), flush=True)
-    if args.json:
-        now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-        tool = {"name": "pytorch", "version": torch.__version__, "commit": torch.version.git_version or "unknown"}
-        report = {"schema": SCHEMA, "command": sys.argv, "tool": tool, "machine": machine(args), "date": now,
-                  "results": results}
-        with open(args.json, "w") as file:
-            json.dump(report, file, indent=1, ensure_ascii=False)
+        # After each, so that whoever stops this has what was measured until then.
+        if args.json:
+            write(args, results)
     if not any("error" not in result for result in results):
         sys.exit(1)
 

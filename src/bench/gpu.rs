@@ -28,12 +28,7 @@ impl<T: FusedElement> Measured for Accelerated<T> {
     }
 
     fn machine(&self) -> Machine {
-        let gpu = self.device().gpu();
-        match self.device().is_host() {
-            // Its kernels run on the CPU: what it takes says nothing of a GPU.
-            true => Machine { device: "host".into(), ..Machine::cpu() },
-            false => Machine::gpu(&gpu.name, gpu.ordinal),
-        }
+        Machine::of(self.device())
     }
 
     fn cache(&self) -> usize {

@@ -1,5 +1,7 @@
 //! What a figure was measured on, as far as it can be known.
 
+#[cfg(feature = "cuda")]
+use crate::device::Device;
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::path::Path;
@@ -32,12 +34,16 @@ impl Machine {
         Self { device, name, driver: None, clocks: None, threads: rayon::current_num_threads(), load: load() }
     }
 
-    /// GPU `ordinal`, which the driver calls `name`.
+    /// A GPU, or the host device, whose kernels run on the CPU: what they take there says nothing of a GPU.
     #[cfg(feature = "cuda")]
-    pub(super) fn gpu(name: &str, ordinal: usize) -> Self {
-        let driver = ask_nvidia_smi(ordinal, "driver_version");
-        let clocks = ask_nvidia_smi(ordinal, "clocks.sm,clocks.mem,power.limit");
-        Self { device: "cuda".into(), name: name.into(), driver, clocks, ..Self::cpu() }
+    pub fn of(device: &Device) -> Self {
+        let gpu = device.gpu();
+        if device.is_host() {
+            return Self { device: "host".into(), ..Self::cpu() };
+        }
+        let driver = ask_nvidia_smi(gpu.ordinal, "driver_version");
+        let clocks = ask_nvidia_smi(gpu.ordinal, "clocks.sm,clocks.mem,power.limit");
+        Self { device: "cuda".into(), name: gpu.name.clone(), driver, clocks, ..Self::cpu() }
     }
 }
 

@@ -8,17 +8,23 @@
 
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "cuda")]
+mod agreement;
 pub mod blocks;
 pub mod floor;
 pub mod fusion;
 #[cfg(feature = "cuda")]
 mod gpu;
+#[cfg(feature = "peers")]
+pub mod libraries;
 pub mod machine;
 pub mod operations;
 pub mod record;
 pub mod step;
 mod timed;
 pub mod timing;
+#[cfg(feature = "cuda")]
+pub mod tune;
 
 use crate::Result;
 use crate::backend::{Backend, Variables};

@@ -87,8 +87,22 @@ impl Milliseconds {
 pub fn alternate<C: Clock, const N: usize>(
     clock: &C,
     effort: Effort,
-    mut work: impl FnMut(usize) -> Result<()>,
+    work: impl FnMut(usize) -> Result<()>,
 ) -> Result<[Vec<f64>; N]> {
+    let mut all = alternate_all(clock, effort, N, work)?.into_iter();
+    Ok(std::array::from_fn(|_| all.next().unwrap_or_default()))
+}
+
+/// The same for `count` pieces of work.
+///
+/// # Errors
+/// Those of the work and the clock.
+pub fn alternate_all<C: Clock>(
+    clock: &C,
+    effort: Effort,
+    count: usize,
+    mut work: impl FnMut(usize) -> Result<()>,
+) -> Result<Vec<Vec<f64>>> {
     let mut time = |i: usize, calls: u32| {
         let start = clock.mark()?;
         for _ in 0..calls {
@@ -96,7 +110,7 @@ pub fn alternate<C: Clock, const N: usize>(
         }
         clock.seconds(&start, &clock.mark()?)
     };
-    let mut calls = [1; N];
+    let mut calls = vec![1; count];
     for (i, calls) in calls.iter_mut().enumerate() {
         let mut spent = 0.0;
         loop {
@@ -112,7 +126,7 @@ pub fn alternate<C: Clock, const N: usize>(
             *calls = rest.ceil().clamp(1.0, 2.0 * f64::from(*calls)) as u32;
         }
     }
-    let mut seconds = [const { Vec::new() }; N];
+    let mut seconds = vec![Vec::new(); count];
     for _ in 0..effort.rounds.max(1) {
         for (i, seconds) in seconds.iter_mut().enumerate() {
             seconds.push(time(i, calls[i])? / f64::from(calls[i]));

@@ -24,6 +24,10 @@ pub(super) struct Compute {
     /// Record training passes as CUDA graphs; it changes no bit of the result.
     #[arg(long, default_value = "on", help_heading = HEADING)]
     graph: Switch,
+    /// Launch convolutions as this file says, which `bench tune` wrote for this GPU: faster, and other in the last bits than
+    /// by the rules, which are the same on every GPU.
+    #[arg(long, value_name = "FILE", help_heading = HEADING)]
+    tuning: Option<PathBuf>,
     /// Threads; 0 for one per processor.
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(..=1024), help_heading = HEADING)]
     threads: u16,
@@ -104,6 +108,10 @@ impl Compute {
             if quiet { Ok(()) } else { say!("device: {device}, {dtype}; {why}") }
         };
         let cpu = |why: &str, asked: bool| {
+            if let Some(path) = &self.tuning {
+                let problem = "the CPU reference launches no kernels that could be tuned; leave --tuning out";
+                return Err(Error::usage("--tuning", path.display(), problem));
+            }
             match self.dtype.map(Dtype::from) {
                 Some(dtype) if dtype != Dtype::F32 => {
                     let problem =
@@ -138,6 +146,30 @@ impl Compute {
         }
     }
 
+    /// Opens a device that runs kernels, for work on those alone, and says so in a line of output; with the element type
+    /// of tensors.
+    ///
+    /// # Errors
+    /// A device that cannot be used; the CPU, which runs no kernels.
+    #[cfg(feature = "cuda")]
+    pub(super) fn device(&self) -> Result<(crate::device::Device, Dtype)> {
+        self.limit_threads()?;
+        if let Some(path) = &self.tuning {
+            let problem = "this measures launches by the rules; leave --tuning out";
+            return Err(Error::usage("--tuning", path.display(), problem));
+        }
+        let (device, why) = match gpu::open(&self.device)? {
+            Some(opened) => opened,
+            None => {
+                let problem = "the CPU reference runs no kernels; name a GPU, or the host device, to go through the code";
+                return Err(Error::usage("--device", "cpu", problem));
+            }
+        };
+        let dtype = self.dtype.map_or(Dtype::Bf16, Dtype::from);
+        say!("device: {}, {dtype}; {why}", gpu::name(&device))?;
+        Ok((device, dtype))
+    }
+
     /// Limits the threads of the whole process.
     fn limit_threads(&self) -> Result<()> {
         if self.threads > 0 {
@@ -154,6 +186,7 @@ mod gpu {
     use crate::device::Device;
     use crate::kernels::FAMILIES;
     use crate::kernels::fused::Accelerated;
+    use crate::kernels::tuning::Tuning;
     use crate::reference::Reference;
     use crate::tensor::Dtype;
     use crate::{Error, Result};
@@ -170,34 +203,52 @@ mod gpu {
         cpu: impl Fn(&str, bool) -> Result<()>,
         work: W,
     ) -> Result<W::Output> {
-        let (device, why) = match device {
-            DeviceName::Auto => match usable(0) {
-                Ok(device) => (device, "found by --device auto"),
-                Err(error) => {
-                    cpu(&error.to_string(), false)?;
-                    return work.on(Reference::<f32>::new());
-                }
-            },
-            DeviceName::Cuda(ordinal) => (usable(*ordinal)?, "--device cuda"),
-            DeviceName::Host(path) => (host(path.as_deref())?, "--device host"),
-            DeviceName::Cpu => {
+        let (device, why) = match open(device) {
+            Ok(Some(opened)) => opened,
+            Ok(None) => {
                 cpu("--device cpu", true)?;
                 return work.on(Reference::<f32>::new());
             }
+            Err(error) if *device == DeviceName::Auto => {
+                cpu(&error.to_string(), false)?;
+                return work.on(Reference::<f32>::new());
+            }
+            Err(error) => return Err(error),
         };
         let dtype = dtype.unwrap_or(Dtype::Bf16);
-        let gpu = device.gpu();
-        let name = match device.is_host() {
-            true => "host device, the GPU's kernels on the CPU".to_owned(),
-            false => format!("GPU {} ({})", gpu.ordinal, gpu.name),
-        };
-        announce(&name, dtype, why)?;
+        let tuning = flags.tuning.as_deref().map(Tuning::read).transpose()?;
+        let mut why = why.to_owned();
+        if let (Some(tuning), Some(path)) = (&tuning, &flags.tuning) {
+            tuning.check(&device, path)?;
+            let (count, path) = (tuning.launches.len(), path.display());
+            why += &format!("; {count} launches tuned by {path}, so the last bits are its own");
+        }
+        announce(&name(&device), dtype, &why)?;
         let graphs = flags.graph == Switch::On;
         match dtype {
-            Dtype::F32 => work.on(Accelerated::<f32>::new(&device, graphs)?),
-            Dtype::Tf32 => work.on(Accelerated::in_tf32(&device, graphs)?),
-            Dtype::F16 => work.on(Accelerated::<f16>::new(&device, graphs)?),
-            Dtype::Bf16 => work.on(Accelerated::<bf16>::new(&device, graphs)?),
+            Dtype::F32 => work.on(Accelerated::<f32>::new(&device, graphs)?.tuned(tuning)),
+            Dtype::Tf32 => work.on(Accelerated::in_tf32(&device, graphs)?.tuned(tuning)),
+            Dtype::F16 => work.on(Accelerated::<f16>::new(&device, graphs)?.tuned(tuning)),
+            Dtype::Bf16 => work.on(Accelerated::<bf16>::new(&device, graphs)?.tuned(tuning)),
+        }
+    }
+
+    /// The device of that name and why it is that; none for the CPU.
+    pub(super) fn open(name: &DeviceName) -> Result<Option<(Device, &'static str)>> {
+        Ok(Some(match name {
+            DeviceName::Auto => (usable(0)?, "found by --device auto"),
+            DeviceName::Cuda(ordinal) => (usable(*ordinal)?, "--device cuda"),
+            DeviceName::Host(path) => (host(path.as_deref())?, "--device host"),
+            DeviceName::Cpu => return Ok(None),
+        }))
+    }
+
+    /// In words.
+    pub(super) fn name(device: &Device) -> String {
+        let gpu = device.gpu();
+        match device.is_host() {
+            true => "host device, the GPU's kernels on the CPU".to_owned(),
+            false => format!("GPU {} ({})", gpu.ordinal, gpu.name),
         }
     }
 

@@ -4,6 +4,7 @@ use super::compute::DtypeName;
 use super::output::say;
 use crate::backend::PassKind;
 use crate::kernels::fused::{Footprint, Planner};
+use crate::kernels::tuning::Tuning;
 use crate::kernels::{Cost, Work};
 use crate::model::{Architecture, Dataflow, traffic};
 use crate::nn::Network;
@@ -13,6 +14,7 @@ use crate::tensor::Dtype;
 use crate::train::progressive::check_side;
 use crate::{Error, Result};
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 /// List every launch of a training step with the least time it can take; no GPU is needed.
 ///
@@ -44,6 +46,9 @@ pub(super) struct Args {
     /// What everything else can do in f32, in TFLOP/s; the default is for an H200.
     #[arg(long, value_name = "TFLOP/S", default_value_t = 55.0, value_parser = positive)]
     vector: f64,
+    /// Launches as this file says, which `bench tune` wrote, whatever GPU it was measured on.
+    #[arg(long, value_name = "FILE")]
+    tuning: Option<PathBuf>,
     /// Leave out the launches and print what they come to.
     #[arg(long)]
     totals: bool,
@@ -101,6 +106,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let (images, classes, dtype) = (args.batch as usize, args.classes as usize, Dtype::from(args.dtype));
     let network = Network::new(architecture.network(classes));
     let mut planner = Planner::new(dtype);
+    if let Some(path) = &args.tuning {
+        let tuning = Tuning::read(path)?;
+        say!("{} launches tuned for {} by {}", tuning.launches.len(), tuning.gpu, path.display())?;
+        planner = planner.tuned(tuning);
+    }
     let kind = PassKind { images, side: size, dropout: architecture.dropout, first: true, last: true };
     network.rehearse_training(&mut planner, kind, Rule::PAPER).map_err(|error| match error {
         Error::Shape { problem, .. } => Error::usage("--batch", images, problem),

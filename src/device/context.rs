@@ -80,6 +80,14 @@ impl Device {
         &self.0.gpu
     }
 
+    /// The newest CUDA that its driver knows, (major, minor).
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn driver(&self) -> Result<(u32, u32)> {
+        probe::driver_version()
+    }
+
     /// Whether it is the host device.
     pub fn is_host(&self) -> bool {
         self.0.is_host
@@ -149,6 +157,28 @@ impl Device {
         let mut slice = unsafe { self.allocate(values.len()) }?;
         transfer::write(self.compute(), values, &mut slice)?;
         Ok(slice)
+    }
+
+    /// A new buffer of `length` elements, `values` over and over. They are copied on the device, which is faster than to bring
+    /// them all there.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for no values; [`Error::Driver`].
+    pub fn repeat<T: Element>(&self, values: &[T], length: usize) -> Result<CudaSlice<T>> {
+        if values.is_empty() {
+            return Err(Error::Shape { operation: "device memory", problem: "no values to repeat".into() });
+        }
+        let mut buffer = self.zeros(length)?;
+        let mut filled = values.len().min(length);
+        transfer::write(self.compute(), &values[..filled], &mut buffer.slice_mut(..filled))?;
+        while filled < length {
+            // What is there is a whole number of times all values.
+            let more = filled.min(length - filled);
+            let (from, mut to) = buffer.split_at_mut(filled);
+            transfer::copy(self.compute(), &from.slice(..more), &mut to.slice_mut(..more))?;
+            filled += more;
+        }
+        Ok(buffer)
     }
 
     /// A new buffer of `length` zeros.

@@ -146,7 +146,7 @@ fn gpu(ordinal: usize) -> Result<Gpu> {
     })
 }
 
-fn driver_version() -> Result<(u32, u32)> {
+pub(super) fn driver_version() -> Result<(u32, u32)> {
     let mut version = 0;
     // SAFETY: writes one int, before or after initialisation.
     unsafe { sys::cuDriverGetVersion(&raw mut version) }

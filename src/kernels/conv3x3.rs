@@ -8,9 +8,10 @@
 
 use super::conv_strips::{self, StripProblem, Strips};
 use super::conv_tile::{self, BOUNDS, Columns, ConvTiles};
-use super::gemm::{FastDivisor, Grid, RUNS, THREADS, Tile, WeightGrid, step_elements};
+use super::gemm::{FastDivisor, Grid, RUNS, THREADS, Tile, WEIGHT_BLOCKS, WeightGrid, step_elements};
 use super::operand::{Arrival, GradientOutput, GradientView, Input, NormFinish, Output, OutputKind};
 use super::raw::{RawElement, check_storage};
+use super::tuning::{Choice, Choices, Launch, Way};
 use super::{Cost, Work, Workspace};
 use crate::backend::Activation;
 use crate::device::cudarc::driver::{CudaStream, CudaView, CudaViewMut, DeviceRepr};
@@ -91,6 +92,8 @@ pub const FAMILY: Family = Family {
     ],
 };
 
+/// Layouts of strips that a tuning can choose from.
+const RANKS: u32 = 12;
 const SUM: &str = "conv3x3_wgrad_sum";
 
 const SIDE: u32 = 3;
@@ -196,8 +199,9 @@ pub struct Conv3x3Shape {
     x: Shape,
     y: Shape,
     geometry: Geometry,
-    /// Where spatial tiles are better than an implicit product, if tensor cores multiply.
+    /// With stride 1, if tensor cores multiply.
     tiles: Option<ConvTiles>,
+    choices: Choices,
 }
 
 impl Conv3x3Shape {
@@ -232,12 +236,45 @@ impl Conv3x3Shape {
             out_height: FastDivisor::new(y.h as u32),
             inputs: FastDivisor::new(inputs as u32),
         };
-        // With stride 1 the padding is 1, and x and y are images of one size. Tiles compute 256 pixels at a time: where more
-        // than half of them would be dead, in small images, an implicit product takes less time.
+        // With stride 1 the padding is 1, and x and y are images of one size.
         let tiles = (stride == 1).then(|| ConvTiles::new(x.n as u32, x.h as u32, x.w as u32, BOUNDS));
-        let computed = |tiles: &ConvTiles| u64::from(tiles.count()) * u64::from(BOUNDS.pixels);
-        let tiles = tiles.filter(|tiles| computed(tiles) <= 2 * u64::from(tiles.pixels()));
-        Ok(Self { x, y, geometry, tiles })
+        Ok(Self { x, y, geometry, tiles, choices: Choices::default() })
+    }
+
+    /// With launches as a tuning chooses them.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for what is none of [`choices`](Self::choices).
+    pub fn with(self, dtype: Dtype, choices: Choices) -> Result<Self> {
+        choices.check(OPERATION, |launch| self.choices(dtype, launch))?;
+        Ok(Self { choices, ..self })
+    }
+
+    /// What a tuning can choose from: an implicit product or, with stride 1 in f16 and bf16, spatial tiles, with columns of
+    /// a tile. Of the gradient of the weights how many blocks there are, or in f16 and bf16 which of the layouts of strips
+    /// that promise the most, from the second best on.
+    pub fn choices(&self, dtype: Dtype, launch: Launch) -> Vec<Choice> {
+        let ways = |channels: usize, spatial: &[Columns]| {
+            if dtype.bytes() == 4 {
+                return Vec::new();
+            }
+            // Of tiles that hold all channels the smallest.
+            let most = (channels as u32).next_power_of_two().clamp(Tile::SLIM.columns, Tile::WIDE.columns);
+            let products = [Tile::SLIM, Tile::NARROW, Tile::WIDE].map(|tile| tile.columns);
+            let products = products.into_iter().filter(|&columns| columns <= most);
+            let products = products.map(|columns| Choice::by(Way::Product).columns(columns));
+            let spatial = spatial.iter().filter(|_| self.tiles.is_some());
+            products.chain(spatial.map(|tile| Choice::by(Way::Spatial).columns(tile.columns))).collect()
+        };
+        match launch {
+            Launch::Fprop => ways(self.y.c, Columns::FORWARD),
+            Launch::Dgrad => ways(self.x.c, Columns::BACKWARD),
+            Launch::Wgrad if dtype.bytes() == 4 => {
+                [264, 528, 1056].map(|blocks| Choice::default().blocks(blocks)).to_vec()
+            }
+            Launch::Wgrad => (2..=RANKS).map(|rank| Choice::default().rank(rank)).collect(),
+            Launch::Backward => Vec::new(),
+        }
     }
 
     /// Of the input.
@@ -266,7 +303,10 @@ impl Conv3x3Shape {
     }
 
     /// Of fprop's or dgrad's product with so many columns: the widest that computes no more than narrower ones.
-    const fn tile(dtype: Dtype, columns: usize) -> Tile {
+    fn tile(dtype: Dtype, columns: usize, choice: Choice) -> Tile {
+        if let Some(chosen) = choice.columns.and_then(Tile::with_columns) {
+            return *chosen;
+        }
         match dtype {
             Dtype::F32 | Dtype::Tf32 => Tile::NARROW,
             Dtype::F16 | Dtype::Bf16 if columns <= 32 => Tile::SLIM,
@@ -277,20 +317,32 @@ impl Conv3x3Shape {
         }
     }
 
-    /// The spatial tiles of fprop and dgrad, if that is how they are computed.
-    const fn tiles(&self, dtype: Dtype) -> Option<ConvTiles> {
-        match dtype {
-            Dtype::F32 | Dtype::Tf32 => None,
-            Dtype::F16 | Dtype::Bf16 => self.tiles,
-        }
+    /// The spatial tiles of fprop or dgrad, if that is how they are computed. They compute 256 pixels at a time: where more
+    /// than half of them would be dead, in small images, an implicit product takes less time.
+    fn tiles(&self, dtype: Dtype, choice: Choice) -> Option<ConvTiles> {
+        let tiles = self.tiles.filter(|_| dtype.bytes() == 2)?;
+        let computed = u64::from(tiles.count()) * u64::from(BOUNDS.pixels);
+        let worthwhile = computed <= 2 * u64::from(tiles.pixels());
+        (choice.way == Some(Way::Spatial) || choice.way.is_none() && worthwhile).then_some(tiles)
+    }
+
+    fn forward_columns(&self) -> Columns {
+        let columns = self.choices.fprop.columns.and_then(|columns| Columns::with(columns, Columns::FORWARD));
+        columns.unwrap_or_else(|| Columns::forward(self.y.c as u32))
+    }
+
+    fn backward_columns(&self) -> Columns {
+        let columns =
+            self.choices.dgrad.columns.and_then(|columns| Columns::with(columns, Columns::BACKWARD));
+        columns.unwrap_or_else(|| Columns::backward(self.x.c as u32))
     }
 
     /// Of fprop.
     fn grid(&self, dtype: Dtype) -> Grid {
-        let outputs = self.y.c as u32;
-        match self.tiles(dtype) {
-            Some(tiles) => Grid::cut(tiles.count(), Columns::forward(outputs).groups(outputs), RUNS),
-            None => Grid::new(self.geometry.pixels, outputs, &Self::tile(dtype, self.y.c)),
+        let (outputs, choice) = (self.y.c as u32, self.choices.fprop);
+        match self.tiles(dtype, choice) {
+            Some(tiles) => Grid::cut(tiles.count(), self.forward_columns().groups(outputs), RUNS),
+            None => Grid::new(self.geometry.pixels, outputs, &Self::tile(dtype, self.y.c, choice)),
         }
     }
 
@@ -298,7 +350,7 @@ impl Conv3x3Shape {
     /// first halo above all, takes little of its time; if there are enough for all multiprocessors.
     fn gradient_grid(&self, tiles: &ConvTiles) -> Grid {
         let (inputs, outputs) = (self.x.c as u32, self.y.c as u32);
-        let groups = Columns::backward(inputs).groups(inputs);
+        let groups = self.backward_columns().groups(inputs);
         let wanted = TILED_STEPS.div_ceil(conv_tile::steps(outputs));
         let most = (tiles.count() * groups / TILED_BLOCKS).max(1);
         let of_block = wanted.min(most);
@@ -308,13 +360,15 @@ impl Conv3x3Shape {
     /// Of the gradient of the weights in f32 and tf32.
     fn weight_grid(&self) -> WeightGrid {
         let step = step_elements(Dtype::F32.bytes());
-        WeightGrid::new(self.geometry.pixels, self.y.c as u32, self.columns(), step)
+        let blocks = self.choices.wgrad.blocks.unwrap_or(WEIGHT_BLOCKS);
+        WeightGrid::aiming(blocks, self.geometry.pixels, self.y.c as u32, self.columns(), step)
     }
 
     /// Of the same in f16 and bf16.
     fn strips(&self) -> Strips {
         let Geometry { stride, pad_top, pad_left, .. } = self.geometry;
-        Strips::new(&StripProblem { x: self.x, y: self.y, stride, pad_top, pad_left })
+        let problem = StripProblem { x: self.x, y: self.y, stride, pad_top, pad_left };
+        Strips::new(&problem, self.choices.wgrad.rank.map_or(0, |rank| rank as usize - 1))
     }
 
     const fn cost(&self, bytes: usize) -> Cost {
@@ -324,7 +378,7 @@ impl Conv3x3Shape {
     /// The classes of dgrad, those of most taps first, and the blocks of all.
     fn gradient(&self, dtype: Dtype) -> (GradientShape, u32) {
         let Geometry { height, width, stride, pad_top, pad_left, .. } = self.geometry;
-        let tile = Self::tile(dtype, self.x.c);
+        let tile = Self::tile(dtype, self.x.c, self.choices.dgrad);
         let mut pairs: Vec<_> = axis_classes(stride, pad_top, height)
             .flat_map(|down| axis_classes(stride, pad_left, width).map(move |across| (down, across)))
             .collect();
@@ -371,13 +425,13 @@ impl Conv3x3Shape {
     /// The launch of [`Conv3x3::fprop`].
     pub fn fprop_work(&self, dtype: Dtype, output: OutputKind) -> Work {
         let (grid, y) = (self.grid(dtype), self.y);
-        let (name, shared) = match self.tiles(dtype) {
+        let (name, shared) = match self.tiles(dtype, self.choices.fprop) {
             Some(tiles) => {
-                let columns = Columns::forward(y.c as u32);
+                let columns = self.forward_columns();
                 (columns.name, columns.shared_forward(&tiles))
             }
             None => {
-                let tile = Self::tile(dtype, y.c);
+                let tile = Self::tile(dtype, y.c, self.choices.fprop);
                 (tile.name, tile.shared_forward())
             }
         };
@@ -399,13 +453,13 @@ impl Conv3x3Shape {
 
     /// The launch of [`Conv3x3::dgrad`], with something to add or not.
     pub fn dgrad_work(&self, dtype: Dtype, skip: bool) -> Work {
-        let (name, blocks, shared) = match self.tiles(dtype) {
+        let (name, blocks, shared) = match self.tiles(dtype, self.choices.dgrad) {
             Some(tiles) => {
-                let columns = Columns::backward(self.x.c as u32);
+                let columns = self.backward_columns();
                 (columns.name, self.gradient_grid(&tiles).blocks(), columns.shared_backward(&tiles))
             }
             None => {
-                let tile = Self::tile(dtype, self.x.c);
+                let tile = Self::tile(dtype, self.x.c, self.choices.dgrad);
                 (tile.name, self.gradient(dtype).1, tile.shared(2))
             }
         };
@@ -484,16 +538,16 @@ impl<T: RawElement> Conv3x3<T> {
     /// # Errors
     /// Those of [`Conv3x3Shape::new`] and of [`Device::module`]; [`Error::Driver`] on a GPU with too little shared memory.
     pub fn plan(device: &Device, conv: &Conv, x: Shape) -> Result<Self> {
-        Self::plan_in(device, conv, x, T::DTYPE)
+        Self::plan_with(device, conv, x, T::DTYPE, Choices::default())
     }
 
-    /// The same, multiplying as `dtype` says.
+    /// The same, multiplying as `dtype` says, with launches as a tuning chooses them.
     ///
     /// # Errors
-    /// Those of [`plan`](Self::plan); [`Error::Shape`] if elements of `dtype` are no `T`.
-    pub fn plan_in(device: &Device, conv: &Conv, x: Shape, dtype: Dtype) -> Result<Self> {
+    /// Those of [`plan`](Self::plan) and of [`Conv3x3Shape::with`]; [`Error::Shape`] if elements of `dtype` are no `T`.
+    pub fn plan_with(device: &Device, conv: &Conv, x: Shape, dtype: Dtype, choices: Choices) -> Result<Self> {
         check_storage::<T>(OPERATION, dtype)?;
-        let shape = Conv3x3Shape::new(conv, x)?;
+        let shape = Conv3x3Shape::new(conv, x)?.with(dtype, choices)?;
         let module = device.module(&FAMILY)?;
         let kernel = |work: Work| {
             let kernel = module.kernel(&work.kernel)?;
@@ -510,6 +564,11 @@ impl<T: RawElement> Conv3x3<T> {
             sum: module.kernel(SUM)?,
             element: PhantomData,
         })
+    }
+
+    /// How it multiplies.
+    pub const fn dtype(&self) -> Dtype {
+        self.dtype
     }
 
     /// The shapes, and what the launches cost.
@@ -572,7 +631,7 @@ impl<T: RawElement> Conv3x3<T> {
             _ => launch.null().null(),
         };
         launch.output(&mut partial).output(&mut counters).value(&finish);
-        let tiles = shape.tiles(self.dtype);
+        let tiles = shape.tiles(self.dtype, shape.choices.fprop);
         let inputs = shape.x.c as u32;
         match &tiles {
             Some(tiles) => launch.value(tiles).value(&inputs),
@@ -612,7 +671,8 @@ impl<T: RawElement> Conv3x3<T> {
         operands.write("dx", dx, shape.x.elements())?;
         let work = shape.dgrad_work(self.dtype, skip.is_some());
         let (inputs, outputs) = (shape.x.c as u32, shape.y.c as u32);
-        let tiled = shape.tiles(self.dtype).map(|tiles| (tiles, shape.gradient_grid(&tiles)));
+        let tiled =
+            shape.tiles(self.dtype, shape.choices.dgrad).map(|tiles| (tiles, shape.gradient_grid(&tiles)));
         let (classes, _) = shape.gradient(self.dtype);
         let mut launch = self.dgrad.on(stream);
         launch.input(gradient.g).input(gradient.y).input(gradient.owed).input(weight);

@@ -83,11 +83,12 @@ pub(super) struct StripProblem {
 }
 
 /// How warps share a block: `teams` times `warps_m` × `warps_n`, each 16 outputs and 8 `fragments` inputs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Layout {
+    // In the order in which they are tried: of two that promise the same the first is taken.
     fragments: u32,
-    warps_m: u32,
     warps_n: u32,
+    warps_m: u32,
     teams: u32,
     pairs: u32,
 }
@@ -166,9 +167,9 @@ impl Layout {
         [tensor.max(issue).max(fetch), tensor + issue + fetch]
     }
 
-    /// The best one for a problem.
-    fn of(problem: &StripProblem) -> Self {
-        let mut best: Option<([u64; 2], Self)> = None;
+    /// The one for a problem that is in this place, the best being 0; the last if there are not so many.
+    fn of(problem: &StripProblem, place: usize) -> Self {
+        let mut all = Vec::new();
         for fragments in 3..=5 {
             let warps = threads(fragments) / 32;
             for warps_n in 1..=warps {
@@ -177,18 +178,16 @@ impl Layout {
                     let layouts = (1..=warps / team).flat_map(|teams| {
                         (1..=3).map(move |pairs| Self { fragments, warps_m, warps_n, teams, pairs })
                     });
-                    for layout in layouts {
-                        let price = layout.price(problem);
-                        let fits =
-                            layout.shared(problem.stride) <= SHARED && layout.x_rows(problem.stride) > 0;
-                        if fits && best.as_ref().is_none_or(|(least, _)| price < *least) {
-                            best = Some((price, layout));
-                        }
-                    }
+                    let fits = |layout: &Self| {
+                        layout.shared(problem.stride) <= SHARED && layout.x_rows(problem.stride) > 0
+                    };
+                    all.extend(layouts.filter(fits).map(|layout| (layout.price(problem), layout)));
                 }
             }
         }
-        best.expect("a team of one warp fits").1
+        // Of the same price the one of the fewest fragments, and so on.
+        let place = place.min(all.len() - 1);
+        all.select_nth_unstable_by_key(place, |&(price, layout)| (price, layout)).1.1
     }
 }
 
@@ -203,9 +202,9 @@ pub(super) struct Strips {
 }
 
 impl Strips {
-    pub(super) fn new(problem: &StripProblem) -> Self {
+    pub(super) fn new(problem: &StripProblem, place: usize) -> Self {
         let StripProblem { x, y, stride, pad_top, pad_left } = *problem;
-        let layout = Layout::of(problem);
+        let layout = Layout::of(problem, place);
         let Layout { fragments, warps_m, warps_n, teams, pairs } = layout;
         let [row_tiles, column_tiles] = layout.tiles(problem);
         let tiles = row_tiles * column_tiles;
@@ -312,8 +311,12 @@ mod tests {
         ] {
             let problem = problem(256, side, stride, inputs, outputs);
             let what = format!("{inputs} to {outputs}, stride {stride}");
-            assert_eq!(Layout::of(&problem), Layout { fragments, warps_m, warps_n, teams, pairs }, "{what}");
-            let strips = Strips::new(&problem);
+            assert_eq!(
+                Layout::of(&problem, 0),
+                Layout { fragments, warps_m, warps_n, teams, pairs },
+                "{what}"
+            );
+            let strips = Strips::new(&problem, 0);
             let tiles = strips.shape.tiles * strips.shape.team_warps;
             assert_eq!(
                 tiles * 16 * CHUNK * fragments,
@@ -330,7 +333,7 @@ mod tests {
         for stride in [1, 2] {
             for (images, side) in [(1, 1), (1, 2), (3, 7), (2, 19), (1, 130), (64, 75), (256, 150)] {
                 for (inputs, outputs) in [(8, 8), (24, 24), (200, 8), (8, 200), (48, 136), (512, 1024)] {
-                    let strips = Strips::new(&problem(images, side, stride, inputs, outputs));
+                    let strips = Strips::new(&problem(images, side, stride, inputs, outputs), 0);
                     let StripShape { steps, run, splits, teams, team_warps, .. } = strips.shape;
                     let of_block = run * teams;
                     assert!(of_block * splits >= steps && of_block * (splits - 1) < steps, "{strips:?}");

@@ -41,14 +41,24 @@ impl Columns {
     const C48: Self = Self { name: "tiles48", columns: 48 };
     const C64: Self = Self { name: "tiles64", columns: 64 };
 
-    /// Of those there are for fprop, whose sums over rows need a power of two, the widest that computes the fewest.
+    /// Those there are for fprop, whose sums over rows need a power of two.
+    pub(super) const FORWARD: &[Self] = &[Self::C64, Self::C32];
+    /// Those there are for dgrad.
+    pub(super) const BACKWARD: &[Self] = &[Self::C64, Self::C48, Self::C32];
+
+    /// Of those for fprop the widest that computes the fewest.
     pub(super) fn forward(columns: u32) -> Self {
-        Self::of(columns, &[Self::C64, Self::C32])
+        Self::of(columns, Self::FORWARD)
     }
 
-    /// Of those there are for dgrad.
+    /// The same of those for dgrad.
     pub(super) fn backward(columns: u32) -> Self {
-        Self::of(columns, &[Self::C64, Self::C48, Self::C32])
+        Self::of(columns, Self::BACKWARD)
+    }
+
+    /// The one of `all` that has so many columns.
+    pub(super) fn with(columns: u32, all: &[Self]) -> Option<Self> {
+        all.iter().copied().find(|one| one.columns == columns)
     }
 
     fn of(columns: u32, all: &[Self]) -> Self {

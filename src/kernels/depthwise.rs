@@ -7,6 +7,7 @@
 
 use super::operand::{NormFinish, OutputKind, OwedFinish};
 use super::raw::{RawElement, check_shape};
+use super::tuning::{Choice, Choices, Launch as Tuned};
 use super::{Arrival, Cost, GradientOutput, GradientView, Input, Output, Work, Workspace};
 use crate::backend::Activation;
 use crate::device::cudarc::driver::{CudaStream, CudaView, CudaViewMut, DevicePtr, DeviceRepr};
@@ -91,10 +92,11 @@ impl Tiling {
     }
 }
 
-/// Blocks that fill any GPU several times over; images are cut into rows until there are as many, if need be.
+/// Blocks that fill any GPU several times over; images are cut into rows until there are as many, if need be. With more than
+/// twice as many each has more work instead: the last one has the partial sums of all to add up.
 const ENOUGH_BLOCKS: usize = 1024;
-/// Blocks from which on each has more work instead: the last one has the partial sums of all to add up.
-const MANY_BLOCKS: usize = 2048;
+/// What a tuning can choose instead.
+const BLOCKS: [u32; 5] = [256, 512, 1024, 2048, 4096];
 /// Runs of a channel tile.
 const MAX_RUNS: usize = 512;
 /// Rows that a strip has at least if the image has as many, and at most: the rows above it are read again.
@@ -145,6 +147,7 @@ pub struct DepthwiseShape {
     x: Shape,
     y: Shape,
     dtype: Dtype,
+    choices: Choices,
 }
 
 const OPERATION: &str = "depthwise convolution";
@@ -164,7 +167,26 @@ impl DepthwiseShape {
         if x.c > TILE * Workspace::COUNTERS {
             return wrong(format!("{x}: at most {} channels are possible", TILE * Workspace::COUNTERS));
         }
-        Ok(Self { conv: *conv, x, y: conv.output(x)?, dtype })
+        Ok(Self { conv: *conv, x, y: conv.output(x)?, dtype, choices: Choices::default() })
+    }
+
+    /// With launches as a tuning chooses them.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for what is none of [`choices`](Self::choices).
+    pub fn with(self, choices: Choices) -> Result<Self> {
+        choices.check(OPERATION, |launch| self.choices(launch))?;
+        Ok(Self { choices, ..self })
+    }
+
+    /// What a tuning can choose from: how many blocks there are, so how far images are cut.
+    pub fn choices(&self, launch: Tuned) -> Vec<Choice> {
+        match launch {
+            Tuned::Fprop | Tuned::Backward => {
+                BLOCKS.into_iter().map(|blocks| Choice::default().blocks(blocks)).collect()
+            }
+            Tuned::Dgrad | Tuned::Wgrad => Vec::new(),
+        }
     }
 
     /// The shape of the output.
@@ -244,7 +266,7 @@ impl DepthwiseShape {
     }
 
     fn fprop_geometry(&self) -> Geometry {
-        self.geometry(Tiling::fprop(), [self.y.h, self.y.w])
+        self.geometry(self.choices.fprop, Tiling::fprop(), [self.y.h, self.y.w])
     }
 
     /// Steps of one side backward: they begin at the first that has a row of the input.
@@ -259,20 +281,21 @@ impl DepthwiseShape {
 
     fn backward_geometry(&self) -> Geometry {
         let sides = [self.backward_steps(self.x.h), self.backward_steps(self.x.w)];
-        self.geometry(self.backward_tiling(), sides)
+        self.geometry(self.choices.backward, self.backward_tiling(), sides)
     }
 
     /// Cut for `sides` steps down and across.
-    fn geometry(&self, tiling: Tiling, [down, across]: [usize; 2]) -> Geometry {
+    fn geometry(&self, choice: Choice, tiling: Tiling, [down, across]: [usize; 2]) -> Geometry {
         let (tiles, slots) = (self.tiles(), tiling.slots());
         let strips = across.div_ceil(tiling.columns);
         let blocks = (self.x.n * strips).div_ceil(slots) * tiles;
         let [fewest, most] = STRIP_ROWS;
-        let cuts = ENOUGH_BLOCKS.div_ceil(blocks).min(down.div_ceil(fewest)).max(down.div_ceil(most));
+        let enough = choice.blocks.map_or(ENOUGH_BLOCKS, |blocks| blocks as usize);
+        let cuts = enough.div_ceil(blocks).min(down.div_ceil(fewest)).max(down.div_ceil(most));
         let steps = down.div_ceil(cuts);
         let cuts = down.div_ceil(steps);
         let blocks = (self.x.n * strips * cuts).div_ceil(slots);
-        let per_slot = blocks.div_ceil((MANY_BLOCKS / tiles).clamp(1, MAX_RUNS));
+        let per_slot = blocks.div_ceil((2 * enough / tiles).clamp(1, MAX_RUNS));
         let number = |count: usize| count as u32;
         Geometry {
             images: number(self.x.n),
@@ -292,7 +315,8 @@ impl DepthwiseShape {
     }
 }
 
-/// The plan for one convolution, input shape and element type. The same calls give the same bits, on any GPU.
+/// The plan for one convolution, input shape and element type. The same calls give the same bits, on any GPU unless a
+/// [tuning](super::tuning) chooses otherwise.
 #[derive(Debug)]
 pub struct Depthwise<T> {
     device: Device,
@@ -308,7 +332,15 @@ impl<T: RawElement> Depthwise<T> {
     /// # Errors
     /// Those of [`DepthwiseShape::new`] and of [`Device::module`].
     pub fn plan(device: &Device, conv: &Conv, x: Shape) -> Result<Self> {
-        let shape = DepthwiseShape::new(conv, x, T::DTYPE)?;
+        Self::plan_with(device, conv, x, Choices::default())
+    }
+
+    /// As [`plan`](Self::plan), with launches as a tuning chooses them.
+    ///
+    /// # Errors
+    /// As there, and those of [`DepthwiseShape::with`].
+    pub fn plan_with(device: &Device, conv: &Conv, x: Shape, choices: Choices) -> Result<Self> {
+        let shape = DepthwiseShape::new(conv, x, T::DTYPE)?.with(choices)?;
         let module = device.module(&FAMILY)?;
         Ok(Self {
             device: device.clone(),

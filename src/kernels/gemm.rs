@@ -36,6 +36,11 @@ impl Tile {
     pub(super) const WEIGHTS: Self =
         Self { name: "", rows: 64, columns: 128, warp_rows: 2, threads: THREADS };
 
+    /// That of fprop and dgrad with so many columns.
+    pub(super) fn with_columns(columns: u32) -> Option<&'static Self> {
+        [&Self::SLIM, &Self::NARROW, &Self::WIDE].into_iter().find(|tile| tile.columns == columns)
+    }
+
     /// Bytes of `GemmMemory` where A's values are made of `sources` tensors, and B's of one.
     pub(super) const fn shared(&self, sources: u32) -> u32 {
         let stage = (self.rows * sources + self.columns) * STEP_BYTES;
@@ -186,7 +191,7 @@ pub(super) struct Grid {
 }
 
 /// Blocks that a grid aims at: several rounds on any GPU.
-const BLOCKS: u32 = 2048;
+pub(super) const BLOCKS: u32 = 2048;
 /// Runs that the last block of a group can add up in little time.
 pub(super) const RUNS: u32 = 512;
 
@@ -198,7 +203,12 @@ impl Grid {
 
     /// For so many row tiles and groups of columns.
     pub(super) fn cut(row_tiles: u32, groups: u32, most_runs: u32) -> Self {
-        let tiles = row_tiles.div_ceil((BLOCKS / groups).clamp(1, most_runs));
+        Self::aiming(BLOCKS, row_tiles, groups, most_runs)
+    }
+
+    /// The same for about so many blocks.
+    pub(super) fn aiming(blocks: u32, row_tiles: u32, groups: u32, most_runs: u32) -> Self {
+        let tiles = row_tiles.div_ceil((blocks / groups).clamp(1, most_runs));
         Self { tiles, runs: row_tiles.div_ceil(tiles), groups }
     }
 
@@ -217,20 +227,20 @@ pub(super) struct WeightGrid {
     column_tiles: u32,
 }
 
-/// Blocks that a weight gradient aims at: two rounds of two on 132 multiprocessors.
-const WEIGHT_BLOCKS: u32 = 528;
+/// Blocks that a weight gradient aims at unless a tuning says otherwise: two rounds of two on 132 multiprocessors.
+pub(super) const WEIGHT_BLOCKS: u32 = 528;
 /// Fewest steps of a split, which writes and reads a partial tile for them.
 const WEIGHT_STEPS: u32 = 8;
 /// Partial tiles that a block adds up: `radix` of the header.
 const RADIX: u32 = 16;
 
 impl WeightGrid {
-    /// For dW \[height, width\] summed over `pixels`, `step` of which make a step.
-    pub(super) fn new(pixels: u32, height: u32, width: u32, step: u32) -> Self {
+    /// For dW \[height, width\] summed over `pixels`, `step` of which make a step, in about so many blocks.
+    pub(super) fn aiming(blocks: u32, pixels: u32, height: u32, width: u32, step: u32) -> Self {
         let (row_tiles, column_tiles) =
             (height.div_ceil(Tile::WEIGHTS.rows), width.div_ceil(Tile::WEIGHTS.columns));
         let all = pixels.div_ceil(step);
-        let steps = all.div_ceil((WEIGHT_BLOCKS / (row_tiles * column_tiles)).max(1)).max(WEIGHT_STEPS);
+        let steps = all.div_ceil((blocks / (row_tiles * column_tiles)).max(1)).max(WEIGHT_STEPS);
         Self { steps, splits: all.div_ceil(steps), row_tiles, column_tiles }
     }
 

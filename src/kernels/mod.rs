@@ -22,6 +22,7 @@ mod raw;
 pub mod squeeze_excite;
 pub mod stem;
 mod step;
+pub mod tuning;
 mod work;
 mod workspace;
 

@@ -8,15 +8,15 @@
 //! and bf16 where there are no more, or where 128 would leave fewer than 132 blocks for the GPU. Otherwise 128: the rows
 //! are then read, and what they owe is computed, half as often. Weight gradients are computed in tiles of 64 outputs × 128
 //! inputs, the pixels being cut so that there are about 528 blocks. All of it follows from the shape, so results are the
-//! same on every GPU.
+//! same on every GPU, unless a [tuning](super::tuning) chooses otherwise.
 //!
 //! Both gradients come of one launch. It reads what they are made of once ([`Passes::One`], `pointwise_one_pass`) where
 //! channels are few enough and that moves clearly fewer bytes, partial results and what column groups read again included;
 //! otherwise the blocks of one gradient are followed by those of the other ([`Passes::Two`]).
 
 use super::gemm::{
-    ForwardArgument, GradientArgument, Grid, InputArgument, THREADS, TargetArgument, Tile, WeightGrid,
-    address, step_elements,
+    BLOCKS, ForwardArgument, GradientArgument, Grid, InputArgument, RUNS, THREADS, TargetArgument, Tile,
+    WEIGHT_BLOCKS, WeightGrid, address, step_elements,
 };
 use super::operand::{
     Arrival, GradientKind, GradientOutput, GradientView, Input, InputKind, NormFinish, Output, OutputKind,
@@ -24,6 +24,7 @@ use super::operand::{
 };
 use super::pointwise_one_pass::{self, BUSY, OnePass};
 use super::raw::{RawElement, check_shape, check_storage};
+use super::tuning::{Choice, Choices, Launch, Way};
 use super::work::{Cost, Work};
 use super::workspace::Workspace;
 use crate::backend::Activation;
@@ -106,6 +107,7 @@ pub struct PointwiseWork {
     x: Shape,
     outputs: usize,
     dtype: Dtype,
+    choices: Choices,
 }
 
 impl PointwiseWork {
@@ -121,7 +123,7 @@ impl PointwiseWork {
             let problem = format!("{outputs}×{} weights; at most {MAX_ELEMENTS} are possible", x.c);
             return Err(Error::Shape { operation: OPERATION, problem });
         }
-        Ok(Self { x, outputs, dtype })
+        Ok(Self { x, outputs, dtype, choices: Choices::default() })
     }
 
     const fn rows(&self) -> u32 {
@@ -133,8 +135,45 @@ impl PointwiseWork {
         (self.x.h * self.x.w) as u32
     }
 
+    /// With launches as a tuning chooses them.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for what is none of [`choices`](Self::choices).
+    pub fn with(self, choices: Choices) -> Result<Self> {
+        choices.check(OPERATION, |launch| self.choices(launch))?;
+        Ok(Self { choices, ..self })
+    }
+
+    /// What a tuning can choose from: columns of a tile, how many blocks there are (of a backward in two passes, for the
+    /// gradient of the weights), and whether a backward takes one pass or two. One pass is taken where it is possible.
+    pub fn choices(&self, launch: Launch) -> Vec<Choice> {
+        let columns = |channels: usize| match self.dtype {
+            Dtype::F16 | Dtype::Bf16 if channels > Tile::NARROW.columns as usize => vec![64, 128],
+            _ => vec![64],
+        };
+        let each = |way: Option<Way>, channels: usize, blocks: &[u32]| {
+            let one = |columns, blocks| Choice { way, ..Choice::default() }.columns(columns).blocks(blocks);
+            let cut = |columns| blocks.iter().map(move |&blocks| one(columns, blocks));
+            columns(channels).into_iter().flat_map(cut).collect::<Vec<_>>()
+        };
+        match launch {
+            Launch::Fprop => each(None, self.outputs, &[264, 528, 1056, 4096]),
+            Launch::Backward => {
+                let mut all = each(Some(Way::TwoPasses), self.x.c, &[264, 528, 1056]);
+                if Self::KINDS.iter().any(|&(input, output)| self.one_pass(input, output).is_some()) {
+                    all.push(Choice::by(Way::OnePass));
+                }
+                all
+            }
+            Launch::Dgrad | Launch::Wgrad => Vec::new(),
+        }
+    }
+
     /// The tile for `columns` channels.
-    fn tile(&self, columns: usize) -> &'static Tile {
+    fn tile(&self, columns: usize, choice: Choice) -> &'static Tile {
+        if let Some(chosen) = choice.columns.and_then(Tile::with_columns) {
+            return chosen;
+        }
         let wide = Grid::new(self.rows(), columns as u32, &Tile::WIDE);
         let blocks = self.rows().div_ceil(Tile::WIDE.rows) * wide.groups;
         if self.dtype.bytes() == 2 && columns as u32 > Tile::NARROW.columns && blocks >= BUSY {
@@ -144,13 +183,32 @@ impl PointwiseWork {
         }
     }
 
-    fn grid(&self, columns: usize) -> Grid {
-        Grid::new(self.rows(), columns as u32, self.tile(columns))
+    /// Of the output.
+    fn forward_tile(&self) -> &'static Tile {
+        self.tile(self.outputs, self.choices.fprop)
+    }
+
+    /// Of the gradient of the input.
+    fn input_tile(&self) -> &'static Tile {
+        self.tile(self.x.c, self.choices.backward)
+    }
+
+    /// Of the output.
+    fn forward_grid(&self) -> Grid {
+        let (tile, columns) = (self.forward_tile(), self.outputs as u32);
+        let blocks = self.choices.fprop.blocks.unwrap_or(BLOCKS);
+        Grid::aiming(blocks, self.rows().div_ceil(tile.rows), columns.div_ceil(tile.columns), RUNS)
+    }
+
+    /// Of the gradient of the input.
+    fn input_grid(&self) -> Grid {
+        Grid::new(self.rows(), self.x.c as u32, self.input_tile())
     }
 
     fn weight_grid(&self) -> WeightGrid {
         let step = step_elements(self.dtype.bytes());
-        WeightGrid::new(self.rows(), self.outputs as u32, self.x.c as u32, step)
+        let blocks = self.choices.backward.blocks.unwrap_or(WEIGHT_BLOCKS);
+        WeightGrid::aiming(blocks, self.rows(), self.outputs as u32, self.x.c as u32, step)
     }
 
     fn kernel(&self, operation: &str, tile: &Tile) -> String {
@@ -171,11 +229,6 @@ impl PointwiseWork {
         2 * self.x.pixels() as u64 * (self.x.c * self.outputs) as u64
     }
 
-    /// Bytes of the partial sums of a grid over `columns`, written and read.
-    fn partial(&self, columns: usize) -> u64 {
-        16 * (self.grid(columns).runs as usize * columns) as u64
-    }
-
     /// Bytes beside x of what it owes, and operations to pay it.
     fn owed(&self, input: InputKind) -> (u64, u64) {
         let (c, elements) = (self.x.c as u64, self.x.elements() as u64);
@@ -194,12 +247,12 @@ impl PointwiseWork {
 
     /// The launch of [`Pointwise::fprop`].
     pub fn fprop(&self, input: InputKind, output: OutputKind) -> Work {
-        let (tile, grid) = (self.tile(self.outputs), self.grid(self.outputs));
+        let (tile, grid) = (self.forward_tile(), self.forward_grid());
         let (y, elements) = (self.tensor(self.outputs), self.x.with_channels(self.outputs).elements() as u64);
         let (owed, pay) = self.owed(input);
         let (extra, operations) = match output {
             OutputKind::Plain => (0, 0),
-            OutputKind::Moments => (self.partial(self.outputs), 3 * elements),
+            OutputKind::Moments => (sums(&grid, self.outputs), 3 * elements),
             OutputKind::Folded { skip } => {
                 (4 * self.outputs as u64 + if skip { y } else { 0 }, (5 + u64::from(skip)) * elements)
             }
@@ -222,7 +275,7 @@ impl PointwiseWork {
         let (dx, elements) = (self.tensor(c), self.x.elements() as u64);
         let (gradient, pay) = self.gradient();
         let gated = output == GradientKind::Gated;
-        let tile = if gated { &Tile::NARROW } else { self.tile(c) };
+        let tile = if gated { &Tile::NARROW } else { self.input_tile() };
         let operations = output_operations(output) * elements;
         let extra = match output {
             GradientKind::Plain { skip } => {
@@ -232,7 +285,7 @@ impl PointwiseWork {
                     0
                 }
             }
-            GradientKind::Silu => dx + 16 * c as u64 + self.partial(c),
+            GradientKind::Silu => dx + 16 * c as u64 + sums(&self.input_grid(), c),
             GradientKind::Gated => dx + 16 * c as u64 + 20 * (self.x.n * c) as u64,
         };
         Work {
@@ -250,7 +303,7 @@ impl PointwiseWork {
     fn gradient_kernel(&self, operation: &str, output: GradientKind) -> String {
         match output {
             GradientKind::Gated => format!("pointwise_{operation}_gated_{}", self.dtype),
-            GradientKind::Plain { .. } | GradientKind::Silu => self.kernel(operation, self.tile(self.x.c)),
+            GradientKind::Plain { .. } | GradientKind::Silu => self.kernel(operation, self.input_tile()),
         }
     }
 
@@ -262,7 +315,7 @@ impl PointwiseWork {
                 runs: self.x.n as u32,
                 groups: (self.x.c as u32).div_ceil(Tile::NARROW.columns),
             },
-            GradientKind::Plain { .. } | GradientKind::Silu => self.grid(self.x.c),
+            GradientKind::Plain { .. } | GradientKind::Silu => self.input_grid(),
         }
     }
 
@@ -294,10 +347,14 @@ impl PointwiseWork {
     /// enough blocks. One that keeps weights and their gradient leaves little of a multiprocessor to others, which a smaller
     /// gain would not pay for.
     pub fn passes(&self, input: InputKind, output: GradientKind) -> Passes {
+        let one = self.one_pass(input, output);
+        if let Some(way) = self.choices.backward.way {
+            return if way == Way::OnePass && one.is_some() { Passes::One } else { Passes::Two };
+        }
         let two = self.two_passes(input, output).cost.bytes;
         let pays =
             |one: &OnePass| one.blocks() >= BUSY && self.one_pass_cost(one, output).bytes <= two - two / 8;
-        if self.one_pass(input, output).is_some_and(|one| pays(&one)) { Passes::One } else { Passes::Two }
+        if one.is_some_and(|one| pays(&one)) { Passes::One } else { Passes::Two }
     }
 
     /// The launch of [`Pointwise::backward`].
@@ -365,11 +422,11 @@ impl PointwiseWork {
 
     /// Floats of a [`Workspace`] that every launch does with, but for one pass where two are better.
     pub fn workspace_floats(&self) -> usize {
-        let sums = |columns: usize| 2 * self.grid(columns).runs as usize * columns;
-        let two = self.weight_grid().partial() + sums(self.x.c);
+        let sums = |grid: Grid, columns: usize| 2 * grid.runs as usize * columns;
+        let two = self.weight_grid().partial() + sums(self.input_grid(), self.x.c);
         let chosen =
             Self::KINDS.into_iter().filter(|&(input, output)| self.passes(input, output) == Passes::One);
-        two.max(sums(self.outputs)).max(self.most_floats(chosen))
+        two.max(sums(self.forward_grid(), self.outputs)).max(self.most_floats(chosen))
     }
 
     /// Floats of a [`Workspace`] that one pass does with wherever it is possible.
@@ -381,6 +438,11 @@ impl PointwiseWork {
         let passes = kinds.into_iter().filter_map(|(input, output)| self.one_pass(input, output));
         passes.map(|one| one.floats()).max().unwrap_or(0)
     }
+}
+
+/// Bytes of the two partial sums of each run and column, written and read.
+const fn sums(grid: &Grid, columns: usize) -> u64 {
+    16 * (grid.runs as usize * columns) as u64
 }
 
 /// Operations for each element of dx.
@@ -429,16 +491,22 @@ impl<T: RawElement> Pointwise<T> {
     /// # Errors
     /// Those of [`PointwiseWork::new`] and [`Device::module`]; [`Error::Driver`].
     pub fn plan(device: &Device, x: Shape, outputs: usize) -> Result<Self> {
-        Self::plan_in(device, x, outputs, T::DTYPE)
+        Self::plan_with(device, x, outputs, T::DTYPE, Choices::default())
     }
 
-    /// The same, multiplying as `dtype` says.
+    /// The same, multiplying as `dtype` says, with launches as a tuning chooses them.
     ///
     /// # Errors
-    /// Those of [`plan`](Self::plan); [`Error::Shape`] if elements of `dtype` are no `T`.
-    pub fn plan_in(device: &Device, x: Shape, outputs: usize, dtype: Dtype) -> Result<Self> {
+    /// Those of [`plan`](Self::plan) and of [`PointwiseWork::with`]; [`Error::Shape`] if elements of `dtype` are no `T`.
+    pub fn plan_with(
+        device: &Device,
+        x: Shape,
+        outputs: usize,
+        dtype: Dtype,
+        choices: Choices,
+    ) -> Result<Self> {
         check_storage::<T>(OPERATION, dtype)?;
-        let work = PointwiseWork::new(x, outputs, dtype)?;
+        let work = PointwiseWork::new(x, outputs, dtype)?.with(choices)?;
         Ok(Self {
             device: device.clone(),
             work,
@@ -490,7 +558,7 @@ impl<T: RawElement> Pointwise<T> {
         operands.write("y", y, y_shape.elements())?;
         output.check(&mut operands, y_shape)?;
         let work = self.work.fprop(input.kind(), output.kind());
-        let grid = self.work.grid(y_shape.c);
+        let grid = self.work.forward_grid();
         workspace.check(OPERATION, 2 * grid.runs as usize * y_shape.c, grid.groups as usize)?;
 
         let to = ForwardArgument { y: address(y, stream), bias: 0, skip: 0, silu: 0, moments: 0 };
@@ -829,7 +897,7 @@ impl ClassifierWork {
 
     /// The launches of [`Classifier::backward`]: the bias, dfeatures, the weights.
     pub fn backward(&self) -> [Work; 3] {
-        let PointwiseWork { x, outputs: pitch, dtype } = self.products;
+        let PointwiseWork { x, outputs: pitch, dtype, .. } = self.products;
         let (n, c) = (x.n, self.classes);
         let copy = if self.is_padded() { n * pitch } else { 0 };
         let bias = Work {
@@ -938,7 +1006,7 @@ impl<T: RawElement> Classifier<T> {
         let (y, bias) = (address(logits, stream), address(bias, stream));
         let to = ForwardArgument { y, bias, skip: 0, silu: 0, moments: 0 };
         let work = self.work.fprop();
-        let (grid, columns) = (products.grid(products.outputs), classes as u32);
+        let (grid, columns) = (products.forward_grid(), classes as u32);
         let norm = NormFinish::default();
         let mut launch = self.fprop.on(stream);
         launch.value(&input).input(weight).value(&to).value(&columns).value(&grid).value(&norm).null().null();
@@ -990,7 +1058,7 @@ impl<T: RawElement> Classifier<T> {
         let dy = GradientArgument::plain(padded.as_ref().unwrap_or(dlogits), stream, images, columns, pitch);
         let work = products.dgrad(GradientKind::Plain { skip: false });
         let to = TargetArgument { dx: address(dfeatures, stream), skip: 0, y: 0, norm: 0 };
-        let (grid, owed) = (products.grid(x.c), OwedFinish::default());
+        let (grid, owed) = (products.input_grid(), OwedFinish::default());
         let mut launch = self.dgrad.on(stream);
         launch.value(&dy).input(weight).value(&to).value(&inputs).value(&grid).value(&owed).null().null();
         // SAFETY: all buffers have their shapes, rows of dlogits or its copy begin at multiples of 16 bytes, and dfeatures

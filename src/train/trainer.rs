@@ -168,6 +168,11 @@ impl<B: Backend> Trainer<B> {
         folder: &RunFolder,
         observer: &mut dyn Observer,
     ) -> Result<Scores> {
+        // Devices work ahead: what failed in a step may show as late as in an evaluation or a checkpoint.
+        self.epochs(splits, folder, observer).map_err(|error| with_checkpoint(error, folder))
+    }
+
+    fn epochs(&mut self, splits: &Splits, folder: &RunFolder, observer: &mut dyn Observer) -> Result<Scores> {
         self.check(splits)?;
         let plan = self.plan(splits)?;
         self.backend.discard_sent();
@@ -285,7 +290,7 @@ impl<B: Backend> Trainer<B> {
                     self.save(folder)?;
                     return Err(error);
                 }
-                Err(StepError::Other(error)) => return Err(with_checkpoint(error, folder)),
+                Err(StepError::Other(error)) => return Err(error),
             };
             images = ahead.taken;
             metrics.write(&Record::Step(record))?;

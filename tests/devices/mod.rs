@@ -3,7 +3,8 @@
 //! A process has one driver, so the GPU gets a process of its own: [`again_on_a_gpu`] starts the test program again with
 //! `EFFNETV2_TEST_DEVICE=cuda`. What cannot run says so in one line on standard error, past the test harness, which would
 //! swallow it. `EFFNETV2_HOST_DEVICE` names a host device that is built already; `EFFNETV2_REQUIRE_GPU=1` makes a
-//! missing GPU a failure.
+//! missing GPU a failure. Test programs that were carried elsewhere (`benches/bundle.sh`) are told where their files are by
+//! `EFFNETV2_TEST_GOLDENS` (tests/goldens) and `EFFNETV2_TEST_PROGRAM` (the program).
 
 #![allow(dead_code, reason = "each test program uses a part")]
 
@@ -70,12 +71,18 @@ fn build_host_device() -> Option<PathBuf> {
         not_run("the host device needs Linux and a C++ compiler (CXX, or c++ on the PATH)");
         return None;
     }
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/host/build.sh");
+    if !script.exists() {
+        not_run(
+            "the host device is built from sources that are not here (EFFNETV2_HOST_DEVICE names a built one)",
+        );
+        return None;
+    }
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("host-device");
     fs::create_dir_all(&folder).unwrap();
     // Other test programs may be about to build it, too.
     let lock = File::create(folder.join("lock")).unwrap();
     lock.lock().unwrap();
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/host/build.sh");
     let output = Command::new(script).arg("--out").arg(&folder).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     Some(folder.join("libcuda.so.1"))

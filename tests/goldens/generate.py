@@ -30,7 +30,10 @@ A golden file is JSON:
     train.grads[name]   {norm: L2 norm, dot: sum_i grad_i * u("probe/" + name, i), head: first values}
     train.input_grad    the same for the gradient of the loss with respect to the input
     train.buffers[name] the same summary of running_mean and running_var after that one step
-All computed in float64, so a float32 run should agree to about 1e-4 relative to the norms.
+    train.reduced[dtype]   the same step by PyTorch in bf16 and f16 (autocast, channels last, float32 weights), the yardstick
+                      for anybody else's: its loss, and cosines[name] of its gradients with those in float64,
+                      of the tensors whose gradient's norm is at least 1e-3 of the largest
+All else computed in float64, so a float32 run should agree to about 1e-4 relative to the norms.
 """
 import json, math, sys
 from pathlib import Path
@@ -123,13 +126,35 @@ def calibrated(build, model, x):
         return copy.eval()(x)
 
 
-def golden(source, build, size, batch):
-    torch.manual_seed(0)
+def closed_form(build):
+    """The model in float64, its weights and running statistics filled by the formula."""
     model = build().double()
     norms = {name for name, m in model.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
     for name, tensor in model.state_dict().items():
         if not name.endswith("num_batches_tracked"):
             fill(name, tensor, name.rpartition(".")[0] in norms)
+    return model
+
+
+def reduced(build, x, labels, exact, dtype):
+    """The training step in `dtype`, measured against the gradients `exact`."""
+    model = closed_form(build).float().to(memory_format=torch.channels_last).train()
+    with torch.autocast("cpu", dtype=dtype):
+        logits = model(x.detach().float().to(memory_format=torch.channels_last))
+    loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+    loss.backward()
+    largest = max(gradient.norm() for gradient in exact.values())
+    cosines = {}
+    for name, p in model.named_parameters():
+        a, b = p.grad.double().flatten(), exact[name].flatten()
+        if b.norm() >= 1e-3 * largest:
+            cosines[name] = round((torch.dot(a, b) / (a.norm() * b.norm())).item(), 6)
+    return {"loss": loss.item(), "cosines": cosines}
+
+
+def golden(source, build, size, batch):
+    torch.manual_seed(0)
+    model = closed_form(build)
     x = torch.from_numpy(2.0 * u("input", batch * 3 * size * size).reshape(batch, 3, size, size))
     model.eval()
     with torch.no_grad():
@@ -142,6 +167,7 @@ def golden(source, build, size, batch):
     logits = model(x)
     loss = torch.nn.functional.cross_entropy(logits, labels)
     loss.backward()
+    exact = {name: p.grad for name, p in model.named_parameters()}
     return {
         "source": source, "batch": batch, "image_size": size, "classes": classes,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -151,9 +177,11 @@ def golden(source, build, size, batch):
         "calibrated": {"logits": calibrated_logits.tolist()},
         "train": {
             "logits": logits.tolist(), "loss": loss.item(),
-            "grads": {n: summary(n, p.grad) for n, p in model.named_parameters()},
+            "grads": {n: summary(n, g) for n, g in exact.items()},
             "input_grad": summary("input", x.grad),
             "buffers": {n: summary(n, b) for n, b in model.named_buffers() if b.dtype == torch.float64},
+            "reduced": {name: reduced(build, x, labels, exact, dtype)
+                        for name, dtype in [("bf16", torch.bfloat16), ("f16", torch.float16)]},
         },
     }
 

@@ -15,7 +15,9 @@ use std::process::{Command, Output, Stdio};
 
 /// `effnetv2` in `folder`, to be spawned; its output is kept.
 pub(crate) fn program(folder: &Path, args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_effnetv2"));
+    // Elsewhere than where they were built, the tests are told where it is.
+    let path = std::env::var("EFFNETV2_TEST_PROGRAM");
+    let mut command = Command::new(path.unwrap_or_else(|_| env!("CARGO_BIN_EXE_effnetv2").into()));
     command.current_dir(folder).args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }

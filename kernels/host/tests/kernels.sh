@@ -7,14 +7,15 @@
 #
 # $PROPTEST_CASES (4) are the random cases of each property, $PROFILE (release) is cargo's profile, $TESTS the names of
 # the test files (those of the families of kernels), $FILTERS those of the tests (all; under ThreadSanitizer, which is slow,
-# one pass through every kernel), $EFFNETV2_HOST_SEED the schedule. Whole networks launch nothing else, only more of it: they
-# are left to `cargo test`.
+# all but the many shapes on which integers are exact), $EFFNETV2_HOST_SEED the schedule. The sanitizers see networks, too:
+# every kind of block, and nano in each type.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 
 flavours=("$@")
 if ((${#flavours[@]} == 0)); then flavours=(plain address thread); fi
-export PROPTEST_CASES=${PROPTEST_CASES:-4}
+PROPTEST_CASES=${PROPTEST_CASES:-4}
+networks=(each_kind_of_block a_rehearsal a_graph_computes an_overflow nano_24)
 names=()
 families() { (cd tests && ls *_kernels.rs optimizer.rs device.rs | grep -vE '^(network|program|training)_'); }
 for name in ${TESTS:-$(families)}; do names+=(--test "${name%.rs}"); done
@@ -35,7 +36,7 @@ runtime() {
 
 run_flavour() {
     local flavour=$1 seed=$2 build=(kernels/host/build.sh --jobs "$(nproc)") runner=(env) skip=(--skip on_a_gpu) asan ubsan tsan
-    local filters=${FILTERS-}
+    local filters=${FILTERS-} cases=$PROPTEST_CASES
     case $flavour in
         plain) ;;
         address)
@@ -50,7 +51,7 @@ run_flavour() {
             runner+=("LD_PRELOAD=$tsan" TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1)
             # Libraries before GCC 14 and LLVM 18 do not know where things lie when addresses are as random as can be.
             if setarch -R true 2>/dev/null; then runner=(setarch -R "${runner[@]}"); fi
-            filters=${FILTERS-repeat} ;;
+            cases=1 skip+=(--skip exact) ;;
         *) echo "kernels.sh: plain, address or thread, not $flavour" >&2; exit 2 ;;
     esac
     # It makes a kernel reach beyond its buffers.
@@ -59,9 +60,18 @@ run_flavour() {
     local library
     library=$("${build[@]}" | tail -n 1)
     # One test at a time: a kernel has the threads to itself.
-    env "CARGO_TARGET_${triple}_RUNNER=${runner[*]}" EFFNETV2_HOST_DEVICE="$(realpath "$library")" \
-        EFFNETV2_HOST_SEED="$seed" cargo test --quiet --profile "${PROFILE:-release}" "${names[@]}" -- \
-        $filters --test-threads=1 "${skip[@]}"
+    tests() {
+        env "CARGO_TARGET_${triple}_RUNNER=${runner[*]}" EFFNETV2_HOST_DEVICE="$(realpath "$library")" \
+            EFFNETV2_HOST_SEED="$seed" PROPTEST_CASES="$cases" \
+            cargo test --quiet --profile "${PROFILE:-release}" "$@" --test-threads=1 "${skip[@]}"
+    }
+    tests "${names[@]}" -- $filters
+    if [[ $flavour == plain || -n ${TESTS-}${FILTERS-} ]]; then return; fi
+    local name
+    for name in "${networks[@]}"; do
+        grep -q "$name" tests/network_kernels.rs || { echo "kernels.sh: there is no test $name" >&2; return 1; }
+    done
+    tests --test network_kernels -- "${networks[@]}"
 }
 
 for flavour in "${flavours[@]}"; do

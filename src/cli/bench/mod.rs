@@ -2,8 +2,12 @@
 
 mod blocks;
 mod fusion;
+#[cfg(feature = "peers")]
+mod libraries;
 mod ops;
 mod step;
+#[cfg(feature = "cuda")]
+mod tune;
 
 use super::compute::{Compute, Work};
 use super::output::say;
@@ -42,6 +46,10 @@ enum What {
     Fusion(fusion::Args),
     Step(step::Args),
     Ops(ops::Args),
+    #[cfg(feature = "cuda")]
+    Tune(tune::Args),
+    #[cfg(feature = "peers")]
+    Libraries(libraries::Args),
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
@@ -50,6 +58,10 @@ pub(super) fn run(args: &Args) -> Result<()> {
         What::Fusion(args) => measure(&args.common, "fusion", args),
         What::Step(args) => measure(&args.common, "step", args),
         What::Ops(args) => measure(&args.common, "ops", args),
+        #[cfg(feature = "cuda")]
+        What::Tune(args) => tune::run(args),
+        #[cfg(feature = "peers")]
+        What::Libraries(args) => libraries::run(args),
     }
 }
 
@@ -100,20 +112,25 @@ impl FromStr for Limits {
 
 impl Common {
     fn effort(&self) -> Result<Effort> {
-        let check = |name, seconds: f64| match (0.0..=600.0).contains(&seconds) {
-            true => Ok(seconds),
-            false => Err(Error::usage(name, seconds, "must be from 0 to 600")),
-        };
-        Ok(Effort {
-            rounds: self.rounds,
-            round_seconds: check("--round-seconds", self.round_seconds)?,
-            warm_up_seconds: check("--warm-up", self.warm_up)?,
-        })
+        effort(self.rounds, self.round_seconds, self.warm_up)
     }
 
     fn batch(&self, default: usize) -> usize {
         self.batch.map_or(default, |batch| batch as usize)
     }
+}
+
+/// As the flags say.
+fn effort(rounds: u32, round_seconds: f64, warm_up: f64) -> Result<Effort> {
+    let check = |name, seconds: f64| match (0.0..=600.0).contains(&seconds) {
+        true => Ok(seconds),
+        false => Err(Error::usage(name, seconds, "must be from 0 to 600")),
+    };
+    Ok(Effort {
+        rounds,
+        round_seconds: check("--round-seconds", round_seconds)?,
+        warm_up_seconds: check("--warm-up", warm_up)?,
+    })
 }
 
 /// What is measured on, and where the figures go.
@@ -154,26 +171,29 @@ impl<J: Job> Work for Measurement<'_, J> {
 
     fn on<B: Measured>(self, mut backend: B) -> Result<()> {
         let Self { common, effort, name, job } = self;
-        let (machine, dtype) = (backend.machine(), backend.dtype());
-        let on_gpu = machine.device == "cuda";
-        let known = |Machine { driver, clocks, .. }: &Machine| {
-            let words = [driver.as_ref().map(|d| format!("driver {d}")), clocks.clone()];
-            words.into_iter().flatten().map(|word| format!(", {word}")).collect::<String>()
-        };
-        let version = env!("CARGO_PKG_VERSION");
-        say!("{}{}; effnetv2 {version} ({})", machine.name, known(&machine), commit())?;
-        let folder = common.out.clone();
-        let folder = folder.unwrap_or_else(|| RunFolder::free(Path::new("runs"), &format!("bench-{name}")));
-        fs::create_dir_all(&folder).map_err(Error::io(&folder, "create"))?;
-        let ceiling = common.ceiling.map(|limits| limits.0).or_else(|| Ceiling::of(&machine.name));
-        let ceiling = ceiling.filter(|_| on_gpu);
-        let site = Site { machine, dtype, on_gpu, ceiling, name, folder };
+        let site = Site::new(common, name, backend.machine(), backend.dtype())?;
         let (clock, cache) = (backend.clock(), backend.cache());
         job.run(&mut Bench { backend: &mut backend, clock: &clock, effort, cache }, &site)
     }
 }
 
 impl Site {
+    /// Says what is measured on, and makes the folder.
+    fn new(common: &Common, name: &'static str, machine: Machine, dtype: Dtype) -> Result<Self> {
+        let on_gpu = machine.device == "cuda";
+        let known =
+            [machine.driver.as_ref().map(|driver| format!("driver {driver}")), machine.clocks.clone()];
+        let known: String = known.into_iter().flatten().map(|word| format!(", {word}")).collect();
+        let version = env!("CARGO_PKG_VERSION");
+        say!("{}{known}; effnetv2 {version} ({})", machine.name, commit())?;
+        let folder = common.out.clone();
+        let folder = folder.unwrap_or_else(|| RunFolder::free(Path::new("runs"), &format!("bench-{name}")));
+        fs::create_dir_all(&folder).map_err(Error::io(&folder, "create"))?;
+        let ceiling = common.ceiling.map(|limits| limits.0).or_else(|| Ceiling::of(&machine.name));
+        let ceiling = ceiling.filter(|_| on_gpu);
+        Ok(Self { machine, dtype, on_gpu, ceiling, name, folder })
+    }
+
     /// Those of a step here.
     fn settings(&self, network: NetworkSpec, size: usize, batch: usize) -> Settings {
         let &Self { dtype, ceiling, on_gpu: count_bytes, .. } = self;

@@ -12,7 +12,7 @@ mod plans;
 mod recorder;
 
 pub use buffer::{Buffer, FusedElement};
-pub use planner::{Footprint, Planner};
+pub use planner::{Convolution, ConvolutionPass, Footprint, Planner};
 
 use super::RawView;
 use super::batch_norm::{Merge, MergeGradient};
@@ -20,6 +20,7 @@ use super::head::Dropout;
 use super::operand::{Arrival, Debt, GradientOutput, GradientView, Input, Output, Statistics};
 use super::optimizer::{Buffers, Optimizer};
 use super::squeeze_excite::{self, BackwardInput, Gradients, StateMut, Weights};
+use super::tuning::Tuning;
 use crate::backend::{
     self, Backend, Classifier, ConvNorm, DropPath, Gradient, Load, Memory, Mode, Normalisation, PassKind,
     Raw, SqueezeExcite, State, StepKey, Variables,
@@ -165,6 +166,12 @@ impl<T: FusedElement> Accelerated<T> {
         })
     }
 
+    /// The same, with launches as a tuning chooses them. Before anything is computed.
+    #[must_use]
+    pub fn tuned(self, tuning: Option<Arc<Tuning>>) -> Self {
+        Self { plans: self.plans.tuned(tuning), ..self }
+    }
+
     /// The device.
     pub fn device(&self) -> &Device {
         &self.device
@@ -182,6 +189,9 @@ impl<T: FusedElement> Accelerated<T> {
 
     fn rehearsed(&self, rehearse: &mut impl FnMut(&mut Planner) -> Result<()>) -> Result<Planner> {
         let mut planner = Planner::new(self.dtype);
+        if let Some(tuning) = self.plans.tuning() {
+            planner = planner.tuned(Arc::clone(tuning));
+        }
         rehearse(&mut planner)?;
         Ok(planner)
     }

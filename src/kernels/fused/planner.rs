@@ -3,7 +3,7 @@
 //! Every operation asks for the blocks that its twin in [`Accelerated`](super::Accelerated) asks for, in the same order,
 //! and drops them as the network does; a test holds the two to the same high-water mark.
 
-use super::plans::Kind;
+use super::plans::{Kind, choices};
 use crate::backend::{
     self, Backend, Classifier, ConvNorm, DropPath, Gradient, Load, Mode, Normalisation, Raw, SqueezeExcite,
     State, StepKey, Variables,
@@ -19,15 +19,17 @@ use crate::kernels::optimizer::{self, UpdateShape};
 use crate::kernels::pointwise::{ClassifierWork, PointwiseWork};
 use crate::kernels::squeeze_excite::SqueezeExciteShape;
 use crate::kernels::stem::StemShape;
+use crate::kernels::tuning::{Choices, Tuning};
 use crate::kernels::{GradientKind, InputKind, OutputKind, Work};
 use crate::optimizer::{Rule, Scalars};
-use crate::tensor::{ConvKind, Dtype, Shape};
+use crate::tensor::{Conv, ConvKind, Dtype, Shape};
 use crate::{Error, Result};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::iter;
 use std::ops::Range;
 use std::rc::Rc;
+use std::sync::Arc;
 
 /// What the passes of a rehearsal take on a device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -154,6 +156,35 @@ pub struct Planner {
     launches: Vec<Work>,
     side: usize,
     begun: Option<(usize, usize)>,
+    tuning: Option<Arc<Tuning>>,
+    convolutions: Vec<Convolution>,
+}
+
+/// A convolution that passes meet, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Convolution {
+    /// The convolution.
+    pub conv: Conv,
+    /// The shape of its input.
+    pub x: Shape,
+    /// What the input owes.
+    pub input: InputKind,
+    /// What is computed of it.
+    pub pass: ConvolutionPass,
+}
+
+/// What is computed of a convolution.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConvolutionPass {
+    /// The output.
+    Forward(OutputKind),
+    /// The gradients.
+    Backward {
+        /// Whether the gradient of the output arrives through a gate.
+        gated: bool,
+        /// What becomes of the gradient of the input; none where that is not needed.
+        output: Option<GradientKind>,
+    },
 }
 
 impl Planner {
@@ -174,7 +205,23 @@ impl Planner {
             launches: Vec::new(),
             side: 0,
             begun: None,
+            tuning: None,
+            convolutions: Vec::new(),
         }
+    }
+
+    /// With launches as `tuning` chooses them.
+    pub fn tuned(self, tuning: Arc<Tuning>) -> Self {
+        Self { tuning: Some(tuning), ..self }
+    }
+
+    /// The convolutions of the passes so far, in order.
+    pub fn convolutions(&self) -> &[Convolution] {
+        &self.convolutions
+    }
+
+    fn choices(&self, conv: &Conv, x: Shape) -> Choices {
+        choices(self.tuning.as_deref(), conv, x, self.dtype)
     }
 
     /// What the passes so far take.
@@ -247,21 +294,24 @@ impl Planner {
 
     fn fprop(&mut self, layer: &ConvNorm, x: Shape, input: InputKind, output: OutputKind) -> Result<()> {
         let (conv, dtype) = (&layer.conv, self.dtype);
+        let pass = ConvolutionPass::Forward(output);
+        self.convolutions.push(Convolution { conv: *conv, x, input, pass });
+        let choices = self.choices(conv, x);
         let (work, floats) = match Kind::of(conv) {
             Kind::Stem => {
                 let shape = StemShape::new(conv, x)?;
                 (shape.fprop_work(dtype, false, output), shape.workspace_floats())
             }
             Kind::Dense => {
-                let shape = Conv3x3Shape::new(conv, x)?;
+                let shape = Conv3x3Shape::new(conv, x)?.with(dtype, choices)?;
                 (shape.fprop_work(dtype, output), shape.workspace_floats(dtype))
             }
             Kind::Depthwise => {
-                let shape = DepthwiseShape::new(conv, x, dtype)?;
+                let shape = DepthwiseShape::new(conv, x, dtype)?.with(choices)?;
                 (shape.fprop_work(input == InputKind::Silu, output), shape.workspace_floats())
             }
             Kind::Pointwise => {
-                let shape = PointwiseWork::new(x, conv.outputs, dtype)?;
+                let shape = PointwiseWork::new(x, conv.outputs, dtype)?.with(choices)?;
                 (shape.fprop(input, output), shape.workspace_floats())
             }
         };
@@ -279,6 +329,9 @@ impl Planner {
         output: Option<GradientKind>,
     ) -> Result<()> {
         let (conv, dtype) = (&layer.conv, self.dtype);
+        let pass = ConvolutionPass::Backward { gated: matches!(owed.arrival, Arrival::Gated { .. }), output };
+        self.convolutions.push(Convolution { conv: *conv, x, input, pass });
+        let choices = self.choices(conv, x);
         let (works, floats) = match Kind::of(conv) {
             Kind::Stem => {
                 let shape = StemShape::new(conv, x)?;
@@ -286,14 +339,14 @@ impl Planner {
                 (vec![dgrad, Some(shape.wgrad_work(dtype, false))], shape.workspace_floats())
             }
             Kind::Dense => {
-                let shape = Conv3x3Shape::new(conv, x)?;
+                let shape = Conv3x3Shape::new(conv, x)?.with(dtype, choices)?;
                 let skip = matches!(output, Some(GradientKind::Plain { skip: true }));
                 let dgrad = output.map(|_| shape.dgrad_work(dtype, skip));
                 let wgrad = shape.wgrad_work(dtype).into_iter().map(Some);
                 (iter::once(dgrad).chain(wgrad).collect(), shape.workspace_floats(dtype))
             }
             Kind::Depthwise => {
-                let shape = DepthwiseShape::new(conv, x, dtype)?;
+                let shape = DepthwiseShape::new(conv, x, dtype)?.with(choices)?;
                 let gated = matches!(owed.arrival, Arrival::Gated { .. });
                 let kind = match output {
                     Some(GradientKind::Plain { skip }) => BackwardKind::Plain { skip },
@@ -302,7 +355,7 @@ impl Planner {
                 (vec![Some(shape.backward_work(gated, kind))], shape.workspace_floats())
             }
             Kind::Pointwise => {
-                let shape = PointwiseWork::new(x, conv.outputs, dtype)?;
+                let shape = PointwiseWork::new(x, conv.outputs, dtype)?.with(choices)?;
                 let work = match output {
                     Some(output) => shape.backward(input, output),
                     None => shape.wgrad(input),

@@ -14,12 +14,14 @@ use crate::kernels::optimizer::Optimizer;
 use crate::kernels::pointwise::{Classifier, Pointwise};
 use crate::kernels::squeeze_excite::SqueezeExcite;
 use crate::kernels::stem::{Stem, StemInput};
+use crate::kernels::tuning::{Choices, Tuning};
 use crate::optimizer::Rule;
 use crate::tensor::{Conv, ConvKind, Dtype, Shape};
 use crate::{Error, Result};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::hash::Hash;
+use std::sync::Arc;
 
 /// Plans of one kind.
 #[derive(Debug)]
@@ -98,6 +100,7 @@ pub(super) struct Plans<T> {
     folds: Cache<[usize; 2], Fold<T>>,
     /// Optimizers that only take norms and cast, by the length of the buffer.
     tools: Cache<usize, Optimizer>,
+    tuning: Option<Arc<Tuning>>,
 }
 
 impl<T> Plans<T> {
@@ -115,11 +118,21 @@ impl<T> Plans<T> {
             evaluations: Cache::default(),
             folds: Cache::default(),
             tools: Cache::default(),
+            tuning: None,
         }
     }
 }
 
 impl<T: FusedElement> Plans<T> {
+    /// The same, with launches as `tuning` chooses them.
+    pub(super) fn tuned(self, tuning: Option<Arc<Tuning>>) -> Self {
+        Self { tuning, ..self }
+    }
+
+    pub(super) fn tuning(&self) -> Option<&Arc<Tuning>> {
+        self.tuning.as_ref()
+    }
+
     pub(super) fn norm(&mut self, device: &Device, shape: Shape) -> Result<&BatchNorm<T>> {
         Ok(self.norms.get(shape, || BatchNorm::plan(device, shape))?)
     }
@@ -186,6 +199,7 @@ impl<T: FusedElement> Plans<T> {
         output: Output<'_, '_, T>,
     ) -> Result<()> {
         let (stream, key, dtype) = (device.compute(), (*conv, x), self.dtype);
+        let choices = || choices(self.tuning.as_deref(), conv, x, dtype);
         match Kind::of(conv) {
             Kind::Stem => {
                 let plan = self.stems.get(key, || Stem::plan(device, conv, x))?;
@@ -193,17 +207,19 @@ impl<T: FusedElement> Plans<T> {
                 plan.fprop(stream, images(&input)?, weight, y, output, workspace)
             }
             Kind::Dense => {
-                let plan = self.dense.get(key, || Conv3x3::plan_in(device, conv, x, dtype))?;
+                let plan = self.dense.get(key, || Conv3x3::plan_with(device, conv, x, dtype, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.fprop(stream, input, weight, y, output, workspace)
             }
             Kind::Depthwise => {
-                let plan = self.depthwise.get(key, || Depthwise::plan(device, conv, x))?;
+                let plan = self.depthwise.get(key, || Depthwise::plan_with(device, conv, x, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.fprop(stream, input, weight, y, output, workspace)
             }
             Kind::Pointwise => {
-                let plan = self.pointwise.get(key, || Pointwise::plan_in(device, x, conv.outputs, dtype))?;
+                let plan = self
+                    .pointwise
+                    .get(key, || Pointwise::plan_with(device, x, conv.outputs, dtype, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.fprop(stream, input, weight, y, output, workspace)
             }
@@ -223,6 +239,7 @@ impl<T: FusedElement> Plans<T> {
         output: GradientOutput<'_, '_, T>,
     ) -> Result<()> {
         let (stream, key, dtype) = (device.compute(), (*conv, x), self.dtype);
+        let choices = || choices(self.tuning.as_deref(), conv, x, dtype);
         match Kind::of(conv) {
             Kind::Stem => {
                 let plan = self.stems.get(key, || Stem::plan(device, conv, x))?;
@@ -231,18 +248,20 @@ impl<T: FusedElement> Plans<T> {
                 plan.wgrad(stream, images(&input)?, gradient, dweight, workspace)
             }
             Kind::Dense => {
-                let plan = self.dense.get(key, || Conv3x3::plan_in(device, conv, x, dtype))?;
+                let plan = self.dense.get(key, || Conv3x3::plan_with(device, conv, x, dtype, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.dgrad(stream, gradient, weight, dx, output)?;
                 plan.wgrad(stream, input, gradient, dweight, workspace)
             }
             Kind::Depthwise => {
-                let plan = self.depthwise.get(key, || Depthwise::plan(device, conv, x))?;
+                let plan = self.depthwise.get(key, || Depthwise::plan_with(device, conv, x, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.backward(stream, input, gradient, weight, dx, dweight, output, workspace)
             }
             Kind::Pointwise => {
-                let plan = self.pointwise.get(key, || Pointwise::plan_in(device, x, conv.outputs, dtype))?;
+                let plan = self
+                    .pointwise
+                    .get(key, || Pointwise::plan_with(device, x, conv.outputs, dtype, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.backward(stream, input, gradient, weight, dx, dweight, output, workspace)
             }
@@ -259,6 +278,7 @@ impl<T: FusedElement> Plans<T> {
         dweight: &mut CudaViewMut<'_, f32>,
     ) -> Result<()> {
         let (stream, key, dtype) = (device.compute(), (*conv, x), self.dtype);
+        let choices = || choices(self.tuning.as_deref(), conv, x, dtype);
         match Kind::of(conv) {
             Kind::Stem => {
                 let plan = self.stems.get(key, || Stem::plan(device, conv, x))?;
@@ -266,7 +286,7 @@ impl<T: FusedElement> Plans<T> {
                 plan.wgrad(stream, images(&input)?, gradient, dweight, workspace)
             }
             Kind::Dense => {
-                let plan = self.dense.get(key, || Conv3x3::plan_in(device, conv, x, dtype))?;
+                let plan = self.dense.get(key, || Conv3x3::plan_with(device, conv, x, dtype, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.wgrad(stream, input, gradient, dweight, workspace)
             }
@@ -275,12 +295,19 @@ impl<T: FusedElement> Plans<T> {
                 Err(Error::Shape { operation: "depthwise convolution", problem })
             }
             Kind::Pointwise => {
-                let plan = self.pointwise.get(key, || Pointwise::plan_in(device, x, conv.outputs, dtype))?;
+                let plan = self
+                    .pointwise
+                    .get(key, || Pointwise::plan_with(device, x, conv.outputs, dtype, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.wgrad(stream, input, gradient, dweight, workspace)
             }
         }
     }
+}
+
+/// What `tuning` chooses; the rules without one.
+pub(super) fn choices(tuning: Option<&Tuning>, conv: &Conv, x: Shape, dtype: Dtype) -> Choices {
+    tuning.map_or_else(Choices::default, |tuning| tuning.choices(conv, x, dtype))
 }
 
 /// Which family computes a convolution.

@@ -66,7 +66,7 @@ class Bundle(unittest.TestCase):
         return done.returncode, {part["part"]: part for part in summary["parts"]}, summary
 
     def test_what_fails_or_takes_too_long_loses_nothing_else(self):
-        code, parts, summary = self.run_script("--only", "devices,tests,step,fusion,peers", "--seconds", "16")
+        code, parts, summary = self.run_script("--only", "devices,tests,step,fusion,peers", "--seconds", "24")
         self.assertEqual((code, summary["gpu"], summary["commit"]), (1, 'GPU 0: "a \\ GPU"', "abc"))
         self.assertEqual([part["state"] for part in parts.values()], ["passed", "failed", "failed", "passed", "not run"])
         self.assertEqual(parts["tests"]["note"], "1 of 3 programs well, 4 tests passed, 1 not run; failed: b; "
@@ -88,7 +88,7 @@ class Bundle(unittest.TestCase):
         with tarfile.open(os.path.join(self.folder, "programs.tar.xz"), "w:xz") as archive:
             for name in ("bin/effnetv2", "test/a_kernels", "test/c_kernels"):
                 archive.add(os.path.join(self.folder, "source", name), name)
-        code, parts, _ = self.run_script("--only", "tests", "--seconds", "9")
+        code, parts, _ = self.run_script("--only", "tests", "--seconds", "12")
         self.assertEqual((code, parts["tests"]["state"]), (1, "out of time"))
         self.assertEqual(parts["tests"]["note"], "1 of 2 programs well, 3 tests passed, 1 not run; "
                                                  "not finished: c_kernels")

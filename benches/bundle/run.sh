@@ -147,7 +147,7 @@ tests() {
     export EFFNETV2_TEST_GOLDENS=$programs/goldens EFFNETV2_TEST_PROGRAM=$program
     local one all=()
     for one in "$programs"/test/*; do all+=("$(basename "$one")||$one"); done
-    run_all $((limit - 5)) "${all[@]}"
+    run_all $((limit * 2 / 3)) "${all[@]}"
 }
 
 sanitizer() {

@@ -52,6 +52,8 @@ template <class T> using Wide = GemmTile<T, 128, 128, 2, 4, 3>;
 template <class T> using Narrow = GemmTile<T, 128, 64, 4, 2, 3>;
 template <class T> using Slim = GemmTile<T, 128, 32, 4, 1, 3>;
 template <class T> using Weights = GemmTile<T, 64, 128, 2, 4, 3>;
+template <class T> using NarrowTf32 = GemmTile<T, 128, 64, 4, 2, 3, true>;
+template <class T> using WeightsTf32 = GemmTile<T, 64, 128, 2, 4, 3, true>;
 
 /// Where pixels of y lie in x.
 struct ConvShape {
@@ -384,7 +386,7 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
     }                                                                                                        \
     EFFNETV2_KERNEL(conv3x3_wgrad_##inputs##_s##stride##_##suffix)
 
-#define EFFNETV2_CONV3X3_WGRAD(suffix, T)                                                                    \
+#define EFFNETV2_CONV3X3_WGRAD(suffix, T, Weights)                                                           \
     extern "C" __global__ void __launch_bounds__(Weights<T>::threads, 2)                                     \
         conv3x3_wgrad_##suffix(const T* g, const T* y, const float* owed, const T* x, float* dweight,        \
                                float* partial, unsigned* counters, const ConvShape shape, unsigned outputs,  \
@@ -421,13 +423,15 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
 EFFNETV2_CONV3X3_TILES(f16, f16)
 EFFNETV2_CONV3X3_TILES(bf16, bf16)
 EFFNETV2_CONV3X3(narrow_f32, float, Narrow)
+EFFNETV2_CONV3X3(narrow_tf32, float, NarrowTf32)
 EFFNETV2_CONV3X3(narrow_f16, f16, Narrow)
 EFFNETV2_CONV3X3(narrow_bf16, bf16, Narrow)
 EFFNETV2_CONV3X3(wide_f16, f16, Wide)
 EFFNETV2_CONV3X3(wide_bf16, bf16, Wide)
 EFFNETV2_CONV3X3(slim_f16, f16, Slim)
 EFFNETV2_CONV3X3(slim_bf16, bf16, Slim)
-EFFNETV2_CONV3X3_WGRAD(f32, float)
+EFFNETV2_CONV3X3_WGRAD(f32, float, Weights)
+EFFNETV2_CONV3X3_WGRAD(tf32, float, WeightsTf32)
 EFFNETV2_CONV3X3_STRIPS(24, 1, 384, f16, f16)
 EFFNETV2_CONV3X3_STRIPS(24, 2, 384, f16, f16)
 EFFNETV2_CONV3X3_STRIPS(32, 1, 256, f16, f16)

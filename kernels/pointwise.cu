@@ -1,10 +1,10 @@
 // Pointwise (1x1) convolution and the classifier: y [pixels, outputs] = x [pixels, inputs] W^T, W [outputs, inputs].
 //
 // x, W, y and gradients of x and y are of type T, f32, f16 or bf16; everything else, dW too, is f32, and so are all sums,
-// in a fixed order. Channels are multiples of 8, arrays aligned to 16 bytes. x owes what GemmInput says (SiLU of a
+// in a fixed order; kernels in tf32 are those of f32 with their products on tensor cores. Channels are multiples of 8, arrays aligned to 16 bytes. x owes what GemmInput says (SiLU of a
 // normalisation, a gate), the gradient of y what GemmGradient says (batch norm's backward, stochastic depth); both are paid
 // on load. The mainloop is gemm.cuh: 128 x 128 (wide), 128 x 64 (narrow) or, for dW, 64 x 128 tiles; f16 and bf16 on
-// tensor cores, f32 in plain arithmetic. Each is 2 * pixels * inputs * outputs operations.
+// tensor cores, f32 in plain arithmetic or in tf32. Each is 2 * pixels * inputs * outputs operations.
 //
 // pointwise_fprop: y, as ForwardOutput says: with the moments of batch norm, or folded for inference. Grid runs * groups as
 //   in GemmGrid, groups of `bn` outputs. Least bytes: x, W and y once, skip if any; partial moments 8 * runs * outputs
@@ -34,6 +34,8 @@ constexpr unsigned threads = 256;
 template <class T> using Wide = GemmTile<T, 128, 128, 2, 4, 3>;
 template <class T> using Narrow = GemmTile<T, 128, 64, 4, 2, 3>;
 template <class T> using Weights = GemmTile<T, 64, 128, 2, 4, 3>;
+template <class T> using NarrowTf32 = GemmTile<T, 128, 64, 4, 2, 3, true>;
+template <class T> using WeightsTf32 = GemmTile<T, 64, 128, 2, 4, 3, true>;
 
 template <class Tile, class T>
 __device__ __forceinline__ void fprop(const GemmInput<T>& x, const T* weight, const ForwardOutput<T>& to,
@@ -87,7 +89,7 @@ __device__ __forceinline__ void wgrad(GemmGradient<T> dy, GemmInput<T> x, float*
 }
 
 /// The input's blocks come first; behind their partial sums and counters lie those of the weights.
-template <class Tile, bool gated, class T>
+template <class Tile, class WeightTile, bool gated, class T>
 __device__ __forceinline__ void backward(const GemmGradient<T>& dy, const T* weight, const GradientTarget<T>& to,
                                          const GemmInput<T>& x, float* dweight, const GemmGrid& grid,
                                          const WeightGrid& weights, const OwedFinish& owed, float* sums,
@@ -95,7 +97,7 @@ __device__ __forceinline__ void backward(const GemmGradient<T>& dy, const T* wei
     const unsigned blocks = grid.runs * grid.groups;
     if (blockIdx.x >= blocks) {
         partial += gated ? 0 : 2 * grid.runs * x.width;
-        return wgrad<Weights<T>>(dy, x, dweight, weights, blockIdx.x - blocks, partial, counters + grid.groups);
+        return wgrad<WeightTile>(dy, x, dweight, weights, blockIdx.x - blocks, partial, counters + grid.groups);
     }
     if constexpr (gated)
         dgrad_gated<Tile>(dy, weight, to, x.width, grid.runs, grid.groups, sums);
@@ -163,12 +165,13 @@ __device__ __forceinline__ void classifier_bias(const T* dlogits, T* padded, flo
     }                                                                                                        \
     EFFNETV2_KERNEL(pointwise_wgrad_##suffix)
 
-#define EFFNETV2_POINTWISE_BACKWARD(suffix, T, Tile, gated)                                                  \
+#define EFFNETV2_POINTWISE_BACKWARD(suffix, T, Tile, WeightTile, gated)                                      \
     extern "C" __global__ void __launch_bounds__(threads, 2) pointwise_backward_##suffix(                    \
         const GemmGradient<T> dy, const T* weight, const GradientTarget<T> dx, const GemmInput<T> x,         \
         float* dweight, const GemmGrid grid, const WeightGrid weights, const OwedFinish owed, float* sums,   \
         float* partial, unsigned* counters) {                                                                \
-        backward<Tile<T>, gated>(dy, weight, dx, x, dweight, grid, weights, owed, sums, partial, counters);  \
+        backward<Tile<T>, WeightTile<T>, gated>(dy, weight, dx, x, dweight, grid, weights, owed, sums,       \
+                                                partial, counters);                                          \
     }                                                                                                        \
     EFFNETV2_KERNEL(pointwise_backward_##suffix)
 
@@ -180,22 +183,25 @@ __device__ __forceinline__ void classifier_bias(const T* dlogits, T* padded, flo
     }                                                                                                        \
     EFFNETV2_KERNEL(pointwise_classifier_bias_##suffix)
 
-#define EFFNETV2_POINTWISE(suffix, T)                                                                        \
+#define EFFNETV2_POINTWISE(suffix, T, Narrow, Weights)                                                       \
     EFFNETV2_POINTWISE_FPROP(narrow_##suffix, T, Narrow, 2)                                                  \
     EFFNETV2_POINTWISE_DGRAD(narrow_##suffix, T, Narrow, 2)                                                  \
     EFFNETV2_POINTWISE_GATED(suffix, T, Narrow, 2)                                                           \
     EFFNETV2_POINTWISE_WGRAD(suffix, T, Weights, 2)                                                          \
-    EFFNETV2_POINTWISE_BACKWARD(narrow_##suffix, T, Narrow, false)                                           \
-    EFFNETV2_POINTWISE_BACKWARD(gated_##suffix, T, Narrow, true)                                             \
-    EFFNETV2_POINTWISE_BIAS(suffix, T)
+    EFFNETV2_POINTWISE_BACKWARD(narrow_##suffix, T, Narrow, Weights, false)                                  \
+    EFFNETV2_POINTWISE_BACKWARD(gated_##suffix, T, Narrow, Weights, true)
 
 #define EFFNETV2_POINTWISE_WIDE(suffix, T)                                                                   \
     EFFNETV2_POINTWISE_FPROP(wide_##suffix, T, Wide, 2)                                                      \
     EFFNETV2_POINTWISE_DGRAD(wide_##suffix, T, Wide, 2)                                                      \
-    EFFNETV2_POINTWISE_BACKWARD(wide_##suffix, T, Wide, false)
+    EFFNETV2_POINTWISE_BACKWARD(wide_##suffix, T, Wide, Weights, false)
 
-EFFNETV2_POINTWISE(f32, float)
-EFFNETV2_POINTWISE(f16, f16)
-EFFNETV2_POINTWISE(bf16, bf16)
+EFFNETV2_POINTWISE(f32, float, Narrow, Weights)
+EFFNETV2_POINTWISE(tf32, float, NarrowTf32, WeightsTf32)
+EFFNETV2_POINTWISE(f16, f16, Narrow, Weights)
+EFFNETV2_POINTWISE(bf16, bf16, Narrow, Weights)
 EFFNETV2_POINTWISE_WIDE(f16, f16)
 EFFNETV2_POINTWISE_WIDE(bf16, bf16)
+EFFNETV2_POINTWISE_BIAS(f32, float)
+EFFNETV2_POINTWISE_BIAS(f16, f16)
+EFFNETV2_POINTWISE_BIAS(bf16, bf16)

@@ -109,12 +109,15 @@ impl Real for f64 {
     }
 }
 
-/// The element type of tensors on a device.
+/// The element type of tensors on a device, and how they are multiplied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
     /// 32 bits.
     F32,
+    /// 32 bits in memory. In matrix products, those of dense and pointwise convolutions and of the classifier, both factors
+    /// are rounded to 11 significant bits, for the tensor cores; sums are in full.
+    Tf32,
     /// IEEE half precision: 11 significant bits, from 6·10⁻⁸ to 65,504.
     F16,
     /// The upper half of an f32: 8 significant bits, all its range.
@@ -126,24 +129,38 @@ impl Dtype {
     /// Bytes of an element.
     pub const fn bytes(self) -> usize {
         match self {
-            Self::F32 => 4,
+            Self::F32 | Self::Tf32 => 4,
             Self::F16 | Self::Bf16 => 2,
         }
     }
 
-    /// Its name, and the ending of the names of its kernels.
-    pub const fn suffix(self) -> &'static str {
+    /// How elements lie in memory: not [`Tf32`](Self::Tf32).
+    pub const fn storage(self) -> Self {
+        match self {
+            Self::F32 | Self::Tf32 => Self::F32,
+            Self::F16 | Self::Bf16 => self,
+        }
+    }
+
+    /// Its name, and the ending of the names of kernels that multiply matrices.
+    pub const fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
+            Self::Tf32 => "tf32",
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
         }
+    }
+
+    /// The ending of the names of all other kernels: that of its [`storage`](Self::storage).
+    pub const fn suffix(self) -> &'static str {
+        self.storage().name()
     }
 }
 
 impl Display for Dtype {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.suffix())
+        f.write_str(self.name())
     }
 }
 

@@ -15,6 +15,7 @@ use effnetv2::Error;
 use effnetv2::backend::Activation;
 use effnetv2::device::Device;
 use effnetv2::kernels::conv3x3::{Conv3x3, Conv3x3Shape};
+use effnetv2::kernels::tuning::Choices;
 use effnetv2::kernels::{Arrival, GradientOutput, GradientView, Input, Output, OutputKind, Workspace};
 use effnetv2::tensor::{Conv, ConvKind, Dtype, Padding, Real, Shape};
 use elements::{EPSILON, Sample, unwritten, wide, written};
@@ -23,6 +24,9 @@ use proptest::prelude::*;
 use std::collections::BTreeSet;
 
 type Images = (usize, usize, usize);
+
+/// What rounding both factors of a product to the 11 significant bits of tf32 may cost of it.
+const TF32: f64 = 2.0 / 2048.0 + 1.0 / (2048.0 * 2048.0);
 
 /// Everything the device computes.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,9 +47,15 @@ enum Epilogue {
 }
 
 /// With what is added to outputs or not.
-fn on_device<T: Sample>(device: &Device, case: &Case<T>, epilogue: Epilogue, skips: bool) -> Outcome<T> {
+fn on_device<T: Sample>(
+    device: &Device,
+    dtype: Dtype,
+    case: &Case<T>,
+    epilogue: Epilogue,
+    skips: bool,
+) -> Outcome<T> {
     let stream = device.compute();
-    let plan = Conv3x3::<T>::plan(device, &case.conv, case.x_shape).unwrap();
+    let plan = Conv3x3::<T>::plan_with(device, &case.conv, case.x_shape, dtype, Choices::default()).unwrap();
     let mut workspace = Workspace::new(device, plan.workspace_floats()).unwrap();
     let (x, weight) = (device.upload(&case.x).unwrap(), device.upload(&case.weight).unwrap());
     let (x, weight) = (x.as_view(), weight.as_view());
@@ -105,18 +115,25 @@ fn expected_output<T: Sample>(case: &Case<T>, epilogue: Epilogue, skips: bool) -
     (y, size.data().iter().enumerate().map(bound).collect())
 }
 
-fn check<T: Sample>(device: &Device, conv: Conv, images: Images, epilogue: Epilogue, seed: u64) {
-    let case = Case::<T>::random(conv, images, seed);
+fn check<T: Sample>(device: &Device, dtype: Dtype, case: &Case<T>, epilogue: Epilogue, seed: u64) {
+    let conv = case.conv;
     let skips = !seed.is_multiple_of(3);
     // A single value has no moments.
     let alone = case.y_shape.pixels() == 1 && epilogue == Epilogue::Moments;
     let epilogue = if alone { Epilogue::Plain } else { epilogue };
-    let actual = on_device(device, &case, epilogue, skips);
-    let (y, size) = expected_output(&case, epilogue, skips);
-    let what = format!("{} of {conv:?} for {}, {epilogue:?}", T::SUFFIX, case.x_shape);
-    all_close(&actual.y, &y, &size, roundings(9 * conv.inputs) + 8.0 * EPSILON, &format!("{what}: y"));
+    let actual = on_device(device, dtype, case, epilogue, skips);
+    let (y, size) = expected_output(case, epilogue, skips);
+    let what = format!("{dtype} of {conv:?} for {}, {epilogue:?}", case.x_shape);
+    let of_factors = if dtype == Dtype::Tf32 { TF32 } else { 0.0 };
+    all_close(
+        &actual.y,
+        &y,
+        &size,
+        roundings(9 * conv.inputs) + 8.0 * EPSILON + of_factors,
+        &format!("{what}: y"),
+    );
     // dy is rounded to the type before tensor cores multiply it.
-    let of_dy = 4.0 * EPSILON + T::UNIT * (1.0 + 4.0 * EPSILON);
+    let of_dy = 4.0 * EPSILON + T::UNIT * (1.0 + 4.0 * EPSILON) + of_factors;
     let (dx, size) = case.dgrad();
     let added = |i: usize| if skips { case.input_skip[i].wide() } else { 0.0 };
     let dx: Vec<f64> = dx.data().iter().enumerate().map(|(i, v)| v + added(i)).collect();
@@ -213,23 +230,37 @@ proptest! {
         (conv, images) in any_conv(),
         epilogue in any_epilogue(),
         seed in any::<u64>(),
-        dtype in prop::sample::select(vec![Dtype::F32, Dtype::F16, Dtype::Bf16]),
+        dtype in prop::sample::select(vec![Dtype::F32, Dtype::Tf32, Dtype::F16, Dtype::Bf16]),
     ) {
         let Some(device) = device() else { return Ok(()) };
         match dtype {
-            Dtype::F32 => check::<f32>(&device, conv, images, epilogue, seed),
-            Dtype::F16 => check::<f16>(&device, conv, images, epilogue, seed),
-            Dtype::Bf16 => check::<bf16>(&device, conv, images, epilogue, seed),
+            Dtype::F32 | Dtype::Tf32 => {
+                check(&device, dtype, &Case::<f32>::random(conv, images, seed), epilogue, seed);
+            }
+            Dtype::F16 => check(&device, dtype, &Case::<f16>::random(conv, images, seed), epilogue, seed),
+            Dtype::Bf16 => check(&device, dtype, &Case::<bf16>::random(conv, images, seed), epilogue, seed),
         }
     }
 }
 
 /// All three directions, value for value.
 fn exact<T: Sample>(device: &Device, conv: Conv, images: Images, epilogue: Epilogue, skips: bool) {
+    exact_in::<T>(device, T::DTYPE, conv, images, epilogue, skips);
+}
+
+/// The same, multiplied as `dtype` says.
+fn exact_in<T: Sample>(
+    device: &Device,
+    dtype: Dtype,
+    conv: Conv,
+    images: Images,
+    epilogue: Epilogue,
+    skips: bool,
+) {
     let case = Case::<T>::integers(conv, images, 7);
     let epilogue = if case.y_shape.pixels() == 1 { Epilogue::Plain } else { epilogue };
-    let actual = on_device(device, &case, epilogue, skips);
-    let what = format!("{} of {conv:?} for {}, {epilogue:?}", T::SUFFIX, case.x_shape);
+    let actual = on_device(device, dtype, &case, epilogue, skips);
+    let what = format!("{dtype} of {conv:?} for {}, {epilogue:?}", case.x_shape);
     all_exact(&actual.y, &expected_output(&case, epilogue, skips).0, format_args!("{what}: y"));
     let dx = case.dgrad().0.into_vec();
     let added = |i: usize| if skips { case.input_skip[i].wide() } else { 0.0 };
@@ -249,7 +280,10 @@ fn integers_are_exact() {
                 let epilogue =
                     [Epilogue::Moments, Epilogue::Folded(Activation::Identity), Epilogue::Plain][turn % 3];
                 match turn % 4 {
-                    0 => exact::<f32>(&device, conv, images, epilogue, turn % 2 == 0),
+                    0 => {
+                        exact::<f32>(&device, conv, images, epilogue, turn % 2 == 0);
+                        exact_in::<f32>(&device, Dtype::Tf32, conv, images, epilogue, turn % 2 == 0);
+                    }
                     1 => exact::<f16>(&device, conv, images, epilogue, turn % 2 == 0),
                     _ => exact::<bf16>(&device, conv, images, epilogue, turn % 2 == 0),
                 }
@@ -373,7 +407,7 @@ fn moments_survive_a_large_mean() {
             *w = T::of(if i % 72 == 32 { 1.0 } else { 0.0 });
         }
         case.x.iter_mut().for_each(|x| *x = T::of(mean + x.wide() as f32 / 2.0));
-        on_device(device, &case, Epilogue::Moments, false);
+        on_device(device, T::DTYPE, &case, Epilogue::Moments, false);
     }
     let Some(device) = device() else { return };
     check::<f32>(&device, 2, (4, 21, 30), 200.0);
@@ -391,7 +425,7 @@ fn directions_are_adjoint() {
         let conv = dense(stride, padding, 24, 40);
         let mut case = Case::<f32>::random(conv, images, 11);
         case.before.fill(0.0);
-        let actual = on_device(&device, &case, Epilogue::Plain, false);
+        let actual = on_device(&device, Dtype::F32, &case, Epilogue::Plain, false);
         let product = dot(&wide(&actual.y), case.dy().0.data());
         // Every term of the three sums is the same product of three.
         let size = dot(case.fprop().1.data(), case.dy().1.data());
@@ -417,7 +451,7 @@ fn results_repeat_bit_for_bit() {
                 control.shuffle(seed);
             }
             let case = Case::<bf16>::random(dense(stride, Padding::Same, 24, 136), (3, 19, 22), 4);
-            on_device(&device, &case, Epilogue::Moments, true)
+            on_device(&device, Dtype::Bf16, &case, Epilogue::Moments, true)
         };
         let first = run(0);
         assert!(first == run(1));

@@ -51,10 +51,10 @@ impl Case {
         self.conv().output(self.x).unwrap()
     }
 
-    /// Additions in a row of a sum over pixels: those of a thread, of at most 64 rows of 4 pixels each, and of those of
+    /// Additions in a row of a sum over pixels: those of a thread, of at most 64 rows of 5 pixels each, and of those of
     /// all threads.
     fn additions(&self) -> f64 {
-        (self.x.pixels().min(256) + 64 + self.x.pixels() / 256) as f64
+        (self.x.pixels().min(320) + 64 + self.x.pixels() / 256) as f64
     }
 }
 
@@ -472,7 +472,7 @@ fn check<T: Sample>(device: &Device, case: Case, seed: u64) {
     check_backward(device, &data);
 }
 
-/// Around what threads and blocks have: 2 to 4 columns, 4 rows and more, 2 and 4 channels of 64, 4 and 8 strips, 64 rows,
+/// Around what threads and blocks have: 2 to 5 columns, 4 rows and more, 2 and 4 channels of 64, 4 and 8 strips, 64 rows,
 /// 512 runs.
 const SHAPES: [(usize, usize, usize, usize); 12] = [
     (1, 1, 1, 8),
@@ -548,6 +548,27 @@ fn awkward_shapes_are_the_reference_s() {
         for case in cases(shape, i) {
             check::<bf16>(&device, case, 1);
         }
+    }
+}
+
+/// The widths of S at 300 pixels, 19 and 10, take fewer instructions in strips of five columns, those of M and L at 384 in
+/// strips of four.
+#[test]
+fn strips_are_as_wide_as_divides_images_best() {
+    let kernel = |width, stride, dtype| {
+        let (kind, padding) = (ConvKind::Depthwise, Padding::Same);
+        let conv = Conv { kind, kernel: 3, stride, padding, inputs: 8, outputs: 8 };
+        let shape = DepthwiseShape::new(&conv, Shape::new(1, 4, width, 8), dtype).unwrap();
+        shape.backward_work(false, BackwardKind::Silu).kernel
+    };
+    for width in [5, 9, 10, 14, 15, 19, 20, 131] {
+        assert_eq!(kernel(width, 1, Dtype::Bf16), "depthwise_backward_3x3_s1c5_bf16", "{width}");
+        assert_eq!(kernel(width, 1, Dtype::F16), "depthwise_backward_3x3_s1c5_f16", "{width}");
+        assert_eq!(kernel(width, 1, Dtype::F32), "depthwise_backward_3x3_s1_f32", "{width}");
+        assert_eq!(kernel(width, 2, Dtype::Bf16), "depthwise_backward_3x3_s2_bf16", "{width}");
+    }
+    for width in [1, 4, 7, 8, 12, 16, 24] {
+        assert_eq!(kernel(width, 1, Dtype::Bf16), "depthwise_backward_3x3_s1_bf16", "{width}");
     }
 }
 

@@ -56,7 +56,7 @@ fn a_step_of_s_takes_few_launches() {
 fn matrix_products_are_those_of_the_architecture() {
     let (images, side) = (8, 65);
     for model in ["nano", "b0", "s", "v1-b0"] {
-        for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+        for dtype in [Dtype::F32, Dtype::Tf32, Dtype::F16, Dtype::Bf16] {
             let (network, planner) = plan(model, images, side, dtype);
             let (mut side, mut macs) = (side, network.spec().head * network.spec().classes);
             for layer in network.convolutions() {
@@ -91,13 +91,11 @@ fn only_the_last_pass_of_a_step_moves_the_weights() {
 /// What the second step launches. The first makes the copy of the weights that convolutions read; later the optimizer
 /// keeps it.
 fn launched<T: FusedElement>(
-    device: &Device,
+    mut backend: Accelerated<T>,
     network: &Network,
     kind: PassKind,
-    tuning: Option<Arc<Tuning>>,
 ) -> Vec<Launched> {
-    let layout = network.layout();
-    let mut backend = Accelerated::<T>::tuned(device, false, tuning).unwrap();
+    let (device, layout) = (backend.device().clone(), network.layout());
     backend.prepare(|backend| network.rehearse_training(backend, kind, Rule::PAPER)).unwrap();
     let (params, stats) = initial_values::<f32>(layout, 0);
     let mut state = State::new(&backend, Rule::PAPER, params, stats).unwrap();
@@ -137,10 +135,15 @@ fn planned(
 
 /// A step launches what was planned, in that order, and nothing else.
 fn check_launches<T: FusedElement>(device: &Device, model: &str, images: usize) {
+    check_launches_of(Accelerated::<T>::new(device, false).unwrap(), model, images);
+}
+
+fn check_launches_of<T: FusedElement>(backend: Accelerated<T>, model: &str, images: usize) {
+    let dtype = backend.dtype();
     let network = Network::new(Architecture::find(model).unwrap().network(10));
     let kind = PassKind { images, side: 32, dropout: 0.2, first: true, last: true };
-    let (_, by_rule) = planned(&network, kind, T::DTYPE, None);
-    compare(model, T::DTYPE, &by_rule, &launched::<T>(device, &network, kind, None));
+    let (_, by_rule) = planned(&network, kind, dtype, None);
+    compare(model, dtype, &by_rule, &launched(backend, &network, kind));
 }
 
 /// The same with everything chosen that can be: once all first choices, once all last.
@@ -161,7 +164,8 @@ fn check_choices<T: FusedElement>(device: &Device, model: &str, images: usize) {
         let (_, chosen) = planned(&network, kind, T::DTYPE, Some(&tuning));
         // In f32 there is one kernel for each, and cut as by the rule where there is so little work.
         assert!(chosen != by_rule || T::DTYPE == Dtype::F32, "{model}: nothing was chosen");
-        compare(model, T::DTYPE, &chosen, &launched::<T>(device, &network, kind, Some(tuning)));
+        let backend = Accelerated::<T>::new(device, false).unwrap().tuned(Some(tuning));
+        compare(model, T::DTYPE, &chosen, &launched(backend, &network, kind));
     }
 }
 
@@ -176,6 +180,7 @@ fn compare(model: &str, dtype: Dtype, planned: &[Work], launched: &[Launched]) {
 fn what_is_planned_is_launched() {
     let Some(device) = device() else { return };
     check_launches::<f32>(&device, "nano", 3);
+    check_launches_of(Accelerated::in_tf32(&device, false).unwrap(), "nano", 3);
     check_launches::<f16>(&device, "nano", 3);
     check_launches::<bf16>(&device, "nano", 4);
     // Every kind of block there is, with kernels of 5×5 among them.

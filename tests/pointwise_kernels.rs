@@ -12,6 +12,7 @@ use effnetv2::Error;
 use effnetv2::backend::{Activation, VarianceEstimator};
 use effnetv2::device::Device;
 use effnetv2::kernels::pointwise::{Classifier, Passes, Pointwise, PointwiseWork};
+use effnetv2::kernels::tuning::Choices;
 use effnetv2::kernels::{
     Arrival, Debt, GradientKind, GradientOutput, GradientView, Input, InputKind, Output, OutputKind,
     Statistics, Workspace,
@@ -43,6 +44,8 @@ struct Variant {
 /// All tensors on the host.
 #[derive(Clone, Debug)]
 struct Data<T> {
+    /// How it is to be multiplied.
+    dtype: Dtype,
     /// The input, which is also what the gradient's epilogues differentiate.
     x: Raw<T>,
     gate: Vec<f32>,
@@ -66,6 +69,7 @@ impl<T: Sample> Data<T> {
         let out = shape.with_channels(outputs).elements();
         let reach = 1.0 / (shape.c as f64).sqrt();
         Self {
+            dtype: T::DTYPE,
             x: Raw::random(shape, seed),
             gate: draw(&mut stream, shape.n * shape.c, 0.0, 1.0),
             outputs,
@@ -92,6 +96,7 @@ impl<T: Sample> Data<T> {
         let floats =
             |count: usize, f: &dyn Fn(usize) -> i32| (0..count).map(|i| f(i) as f32).collect::<Vec<f32>>();
         Self {
+            dtype: T::DTYPE,
             x: Raw::integers(shape),
             gate: (0..shape.n * shape.c).map(|i| [1.0, 2.0, 0.5][i % 3]).collect(),
             outputs,
@@ -147,7 +152,7 @@ enum Launches {
 fn on_device<T: Sample>(device: &Device, data: &Data<T>, variant: Variant) -> Vec<Outcome<T>> {
     let stream = device.compute();
     let (shape, out, c, o) = (data.shape(), data.out(), data.shape().c, data.outputs);
-    let plan = Pointwise::<T>::plan(device, shape, o).unwrap();
+    let plan = Pointwise::<T>::plan_with(device, shape, o, data.dtype, Choices::default()).unwrap();
     let floats = plan.workspace_floats().max(plan.work().one_pass_floats());
     let mut workspace = Workspace::new(device, floats).unwrap();
     let vector = |values: &[f32]| device.upload(values).unwrap();
@@ -321,6 +326,12 @@ impl<T: Sample> Data<T> {
         }
     }
 
+    /// What rounding both factors of a product to 11 significant bits may cost of it, where that is how they are
+    /// multiplied.
+    fn of_factors(&self) -> f64 {
+        if self.dtype == Dtype::Tf32 { 2.0 / 2048.0 + 1.0 / (2048.0 * 2048.0) } else { 0.0 }
+    }
+
     /// Of a product whose operand is `operand`: values, and bounds before the result is rounded.
     fn product(
         &self,
@@ -330,7 +341,7 @@ impl<T: Sample> Data<T> {
     ) -> (Tensor<f64>, Tensor<f64>) {
         let (weight, size) =
             (wide(&self.weight), self.weight.iter().map(|w| w.wide().abs()).collect::<Vec<_>>());
-        let share = operand.share + (terms + 8) as f64 * EPSILON;
+        let share = operand.share + self.of_factors() + (terms + 8) as f64 * EPSILON;
         let bound = multiply(&operand.size, &size);
         (multiply(&operand.value, &weight), tensor(bound.shape(), |i| share * bound.data()[i]))
     }
@@ -509,7 +520,7 @@ fn check_outcome<T: Sample>(data: &Data<T>, variant: Variant, actual: &Outcome<T
     let (mut expected, mut size) = (vec![f64::from(BEFORE); c * o], vec![f64::from(BEFORE); c * o]);
     reference::backward_weight(&input.value, &gradient.value, &mut expected);
     reference::backward_weight(&input.size, &gradient.size, &mut size);
-    let share = input.share + gradient.share + (shape.pixels() + 24) as f64 * EPSILON;
+    let share = input.share + gradient.share + data.of_factors() + (shape.pixels() + 24) as f64 * EPSILON;
     for (i, &actual) in actual.dweight.iter().enumerate() {
         close(actual.into(), expected[i], 1.1 * share * size[i], format_args!("dweight {i}"));
     }
@@ -599,7 +610,9 @@ proptest! {
         seed in any::<u64>(),
     ) {
         let Some(device) = device() else { return Ok(()) };
-        check(&device, &Data::<f32>::random(shape, outputs, seed), variant);
+        let data = Data::<f32>::random(shape, outputs, seed);
+        check(&device, &data, variant);
+        check(&device, &Data { dtype: Dtype::Tf32, ..data }, variant);
         check(&device, &Data::<f16>::random(shape, outputs, seed), variant);
         check(&device, &Data::<bf16>::random(shape, outputs, seed), variant);
     }
@@ -632,7 +645,18 @@ fn wide_tiles_are_the_reference_s() {
 
 /// Every sum is of few small integers: f32 holds it, and the result is it, rounded to T.
 fn check_integers<T: Sample>(device: &Device, shape: Shape, outputs: usize, variant: Variant) {
-    let data = Data::<T>::integers(shape, outputs);
+    check_integers_in::<T>(device, T::DTYPE, shape, outputs, variant);
+}
+
+/// The same, multiplied as `dtype` says.
+fn check_integers_in<T: Sample>(
+    device: &Device,
+    dtype: Dtype,
+    shape: Shape,
+    outputs: usize,
+    variant: Variant,
+) {
+    let data = Data::<T> { dtype, ..Data::integers(shape, outputs) };
     let outcomes = on_device(device, &data, variant);
     outcomes.iter().for_each(|actual| check_exactly(&data, variant, actual));
 }
@@ -704,11 +728,32 @@ fn integers_are_exact() {
         // SiLU of what may be small is no integer.
         let variant = Variant { act: Activation::Identity, ..VARIANTS[(i + 1) % VARIANTS.len()] };
         check_integers::<f32>(&device, shape, outputs, variant);
+        check_integers_in::<f32>(&device, Dtype::Tf32, shape, outputs, variant);
         check_integers::<f16>(&device, shape, outputs, variant);
         check_integers::<bf16>(&device, shape, outputs, variant);
     }
     let (shape, outputs) = WIDE;
     check_integers::<bf16>(&device, shape, outputs, VARIANTS[2]);
+}
+
+/// What tf32 has no bits for is gone before it is multiplied, in every direction; elements of other types are no tf32.
+#[test]
+fn tf32_rounds_the_factors() {
+    let Some(device) = device() else { return };
+    let (shape, outputs) = (Shape::new(1, 5, 7, 24), 40);
+    let mut data = Data::<f32>::integers(shape, outputs);
+    // 2⁻¹² too much: a quarter of the distance to the next number of tf32.
+    let beside = |values: &mut Vec<f32>| values.iter_mut().for_each(|v| *v *= 1.0 + 1.0 / 4096.0);
+    let exact = Data { dtype: Dtype::Tf32, ..data.clone() };
+    beside(&mut data.x.y);
+    beside(&mut data.weight);
+    let rounded = Data { dtype: Dtype::Tf32, ..data.clone() };
+    let [exact, rounded, full] =
+        [exact, rounded, data].map(|data| on_device(&device, &data, VARIANTS[0]).remove(0));
+    assert_eq!((&rounded.y, &rounded.dx, &rounded.dweight), (&exact.y, &exact.dx, &exact.dweight));
+    assert!(full.y != exact.y && full.dx != exact.dx && full.dweight != exact.dweight);
+    let plan = Pointwise::<bf16>::plan_with(&device, shape, outputs, Dtype::Tf32, Choices::default());
+    assert!(matches!(plan, Err(Error::Shape { .. })));
 }
 
 /// Both gradients in one pass: tiles of 32, 64 and 128 pixels; one, two and three groups of inputs, the last smaller; runs in

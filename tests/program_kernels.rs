@@ -48,7 +48,7 @@ fn the_first_line_says_what_computes_and_why() {
     let cpu = first(&["--device", "cpu", "--threads", "2"]);
     assert_eq!(cpu, "device: CPU reference, 2 threads, f32; --device cpu");
     let Some(host) = host() else { return };
-    for dtype in ["f32", "f16", "bf16"] {
+    for dtype in ["f32", "tf32", "f16", "bf16"] {
         let line = first(&[&host, "--dtype", dtype]);
         assert_eq!(
             line,

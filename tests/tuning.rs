@@ -16,7 +16,7 @@ use effnetv2::kernels::{GradientKind, InputKind, OutputKind};
 use effnetv2::model::Architecture;
 use effnetv2::nn::Network;
 use effnetv2::optimizer::Rule;
-use effnetv2::tensor::{Conv, ConvKind, Padding, Shape};
+use effnetv2::tensor::{Conv, ConvKind, Dtype, Padding, Shape};
 use half::{bf16, f16};
 use runs::{ON_IMAGES, effnetv2, images, succeed};
 use std::collections::BTreeSet;
@@ -25,9 +25,15 @@ use std::path::Path;
 const QUICK: Effort = Effort { rounds: 1, round_seconds: 0.0, warm_up_seconds: 0.0 };
 
 /// Measures everything of a step, which compares every way with the rule.
-fn check<T: FusedElement>(device: &Device, model: &str, images: usize, side: usize) -> Vec<TuneResult> {
+fn check<T: FusedElement>(
+    device: &Device,
+    model: &str,
+    dtype: Dtype,
+    images: usize,
+    side: usize,
+) -> Vec<TuneResult> {
     let network = Network::new(Architecture::find(model).unwrap().network(10));
-    let results = check_all::<T>(device, &network, images, side);
+    let results = check_all::<T>(device, &network, dtype, images, side);
     for launch in [Launch::Fprop, Launch::Dgrad, Launch::Wgrad, Launch::Backward] {
         assert!(results.iter().any(|result| result.launch.starts_with(launch.name())), "{launch:?}");
     }
@@ -37,17 +43,18 @@ fn check<T: FusedElement>(device: &Device, model: &str, images: usize, side: usi
 fn check_all<T: FusedElement>(
     device: &Device,
     network: &Network,
+    dtype: Dtype,
     images: usize,
     side: usize,
 ) -> Vec<TuneResult> {
-    let mut planner = Planner::new(T::DTYPE);
+    let mut planner = Planner::new(dtype);
     let kind = PassKind { images, side, dropout: 0.0, first: true, last: true };
     network.rehearse_training(&mut planner, kind, Rule::PAPER).unwrap();
-    let candidates = candidates(planner.convolutions(), T::DTYPE);
+    let candidates = candidates(planner.convolutions(), dtype);
     let mut results = Vec::new();
     for candidate in &candidates {
-        let result = measure::<T>(device, candidate, QUICK).unwrap();
-        let most = possible(candidate, T::DTYPE).unwrap().len();
+        let result = measure::<T>(device, candidate, dtype, QUICK).unwrap();
+        let most = possible(candidate, dtype).unwrap().len();
         assert!((1..=1 + most).contains(&result.ways.len()), "{result:?}");
         for way in &result.ways {
             assert_eq!(way.error, None, "{}: {way:?}", result.launch);
@@ -66,12 +73,13 @@ fn several(results: &[TuneResult], launch: &str) -> bool {
 #[test]
 fn every_way_computes_what_the_rule_does() {
     let Some(device) = device() else { return };
-    let results = check::<bf16>(&device, "nano", 2, 32);
+    let results = check::<bf16>(&device, "nano", Dtype::Bf16, 2, 32);
     for launch in ["fprop", "dgrad", "backward"] {
         assert!(several(&results, &format!("{launch} bf16")), "{launch} has one way");
     }
-    check::<f16>(&device, "nano", 3, 36);
-    check::<f32>(&device, "nano", 2, 32);
+    check::<f16>(&device, "nano", Dtype::F16, 3, 36);
+    check::<f32>(&device, "nano", Dtype::F32, 2, 32);
+    check::<f32>(&device, "nano", Dtype::Tf32, 2, 32);
 }
 
 /// With many pixels grids are cut in several ways.
@@ -100,7 +108,8 @@ fn every_cut_computes_what_the_rule_does() {
         (pointwise, large, InputKind::Plain, backward(plain), Launch::Backward),
     ] {
         let convolution = Convolution { conv, x, input, pass };
-        let result = measure::<bf16>(&device, &Candidate { convolution, launch, calls: 1 }, QUICK).unwrap();
+        let candidate = Candidate { convolution, launch, calls: 1 };
+        let result = measure::<bf16>(&device, &candidate, Dtype::Bf16, QUICK).unwrap();
         let blocks: BTreeSet<u32> = result.ways.iter().map(|way| way.blocks).collect();
         assert!(blocks.len() > 1, "{result:?}");
         assert!(result.ways.len() > 3 || launch != Launch::Wgrad, "{result:?}");
@@ -111,7 +120,7 @@ fn every_cut_computes_what_the_rule_does() {
 #[test]
 fn what_is_none_of_the_ways_is_refused() {
     let network = Network::new(Architecture::find("nano").unwrap().network(10));
-    let mut planner = Planner::new(effnetv2::tensor::Dtype::Bf16);
+    let mut planner = Planner::new(Dtype::Bf16);
     let kind = PassKind { images: 2, side: 32, dropout: 0.0, first: true, last: true };
     network.rehearse_training(&mut planner, kind, Rule::PAPER).unwrap();
     let folder = tempfile::tempdir().unwrap();
@@ -121,7 +130,7 @@ fn what_is_none_of_the_ways_is_refused() {
     let key = "fprop bf16: pointwise 1×1 32→16, 2 of 8×8";
     tuning.add(key.into(), Choice::default().columns(96), [1.0, 1.0]);
     tuning.write(&path).unwrap();
-    let mut planner = Planner::new(effnetv2::tensor::Dtype::Bf16).tuned(Tuning::read(&path).unwrap());
+    let mut planner = Planner::new(Dtype::Bf16).tuned(Tuning::read(&path).unwrap());
     let message = network.rehearse_training(&mut planner, kind, Rule::PAPER).unwrap_err().to_string();
     assert!(message.contains("a tuning chooses `columns=96` for fprop, which can only be"), "{message}");
 }

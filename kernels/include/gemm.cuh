@@ -1,5 +1,5 @@
 // The mainloop of every dense product: C[m, n] = sum over k of A(m, k) B(n, k), on tensor cores for f16 and bf16, in plain
-// f32 arithmetic for f32; sums in f32, k ascending within a tensor-core step of 16.
+// arithmetic or, rounded to tf32, on tensor cores for f32; sums in f32, k ascending from tensor-core step to step.
 //
 // A kernel is a mainloop, two loaders and an epilogue:
 //
@@ -55,10 +55,14 @@
 /// What is side by side in an operand's memory.
 enum class Major { k, rows };
 
-/// Of a block: bm x bn of C in steps of 64 bytes of k, by warps_m x warps_n warps.
-template <class Element, unsigned block_m, unsigned block_n, unsigned along_m, unsigned along_n, unsigned depth>
+/// Of a block: bm x bn of C in steps of 64 bytes of k, by warps_m x warps_n warps. `in_tf32`: both factors are rounded to
+/// tf32 as they are multiplied; elements are f32.
+template <class Element, unsigned block_m, unsigned block_n, unsigned along_m, unsigned along_n, unsigned depth,
+          bool in_tf32 = false>
 struct GemmTile {
     using T = Element;
+    static constexpr bool tf32 = in_tf32;
+    static_assert(!tf32 || sizeof(T) == 4, "what is rounded to tf32 is f32");
     static constexpr unsigned bm = block_m, bn = block_n, warps_m = along_m, warps_n = along_n, stages = depth;
     static constexpr unsigned threads = 32 * warps_m * warps_n;
     static constexpr unsigned chunk = 16 / sizeof(T), bk = 4 * chunk;
@@ -251,7 +255,7 @@ struct Cursor {
     }
 };
 
-/// acc += A B^T of one step, on tensor cores.
+/// acc += A B^T of one step.
 template <class Tile, Major a_major, Major b_major, class A, class B>
 __device__ __forceinline__ void multiply(const typename Tile::T* a, const typename Tile::T* b,
                                          float (&acc)[Tile::fragments_m][Tile::fragments_n][4]) {
@@ -287,6 +291,51 @@ __device__ __forceinline__ void multiply(const typename Tile::T* a, const typena
 #pragma unroll
                 for (unsigned j = 0; j < Tile::fragments_n; ++j)
                     mma_m16n8k16<T>(acc[i][j], rows, columns[j], acc[i][j]);
+            }
+        }
+    } else if constexpr (Tile::tf32) {
+        // A matrix of ldmatrix is 8 rows of 4 elements here. It cannot transpose them: of an operand in rows a lane reads its
+        // elements one by one, and its two k are neighbours if both operands are, for which all lanes' are in different banks.
+        constexpr bool one_by_one = a_major == Major::rows && b_major == Major::rows;
+        const unsigned g = lane / 4, t = lane % 4;
+        const auto k_of = [&](unsigned half) { return one_by_one ? 2 * t + half : t + 4 * half; };
+        const auto round = [](uint32_t& bits) { bits = to_tf32(__uint_as_float(bits)); };
+#pragma unroll
+        for (unsigned k = 0; k < Tile::bk; k += 8) {
+            uint32_t columns[Tile::fragments_n][2];
+#pragma unroll
+            for (unsigned j = 0; j < Tile::fragments_n; j += 2) {
+                const unsigned column = n + 8 * j;
+                // Matrices: k 0.. and 4.. of columns 0.., then of columns 8...
+                uint32_t both[4];
+                if constexpr (b_major == Major::k)
+                    ldmatrix<4>(both, b + B::at(column + matrix / 2 * 8 + r, k / 4 + matrix % 2));
+                else
+#pragma unroll
+                    for (unsigned i = 0; i < 4; ++i)
+                        both[i] = __float_as_uint(b[B::at(k + k_of(i % 2), (column + i / 2 * 8 + g) / 4) + g % 4]);
+#pragma unroll
+                for (unsigned i = 0; i < 4; ++i) {
+                    round(both[i]);
+                    columns[j + i / 2][i % 2] = both[i];
+                }
+            }
+#pragma unroll
+            for (unsigned i = 0; i < Tile::fragments_m; ++i) {
+                const unsigned row = m + 16 * i;
+                // Matrices: rows 0.. and 8.. of k 0.., then of k 4...
+                uint32_t rows[4];
+                if constexpr (a_major == Major::k)
+                    ldmatrix<4>(rows, a + A::at(row + matrix % 2 * 8 + r, k / 4 + matrix / 2));
+                else
+#pragma unroll
+                    for (unsigned q = 0; q < 4; ++q)
+                        rows[q] = __float_as_uint(a[A::at(k + k_of(q / 2), (row + q % 2 * 8 + g) / 4) + g % 4]);
+#pragma unroll
+                for (uint32_t& element : rows) round(element);
+#pragma unroll
+                for (unsigned j = 0; j < Tile::fragments_n; ++j)
+                    mma_m16n8k8_tf32(acc[i][j], rows, columns[j], acc[i][j]);
             }
         }
     } else {

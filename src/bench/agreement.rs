@@ -35,13 +35,13 @@ pub(super) fn difference(a: &[f32], b: &[f32]) -> f64 {
     if ratio.is_nan() { f64::INFINITY } else { ratio }
 }
 
-/// How far two correct results may lie apart: both are rounded to the element type, and the roundings of a sum of `terms`
+/// How far two correct results may lie apart: both are made of values rounded to the type, and the roundings of a sum of `terms`
 /// in f32 are a random walk of as many steps.
 pub(super) fn bound(dtype: Dtype, terms: usize) -> f64 {
     let unit = |bits: i32| 2.0_f64.powi(-bits);
     let rounding = match dtype {
         Dtype::F32 => unit(24),
-        Dtype::F16 => unit(11),
+        Dtype::Tf32 | Dtype::F16 => unit(11),
         Dtype::Bf16 => unit(8),
     };
     2.0 * rounding + 4.0 * unit(24) * (terms as f64).sqrt()

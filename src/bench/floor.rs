@@ -50,7 +50,12 @@ impl Ceiling {
 
     /// The least seconds for `launches` one after the other.
     pub fn seconds(&self, launches: &[Least], dtype: Dtype) -> f64 {
-        let dense = if dtype == Dtype::F32 { self.plain } else { self.tensor };
+        let dense = match dtype {
+            Dtype::F32 => self.plain,
+            // Twice as wide as f16, half as many at a time.
+            Dtype::Tf32 => self.tensor / 2.0,
+            Dtype::F16 | Dtype::Bf16 => self.tensor,
+        };
         let one = |least: &Least| {
             (least.bytes as f64 / self.bandwidth)
                 .max(least.dense as f64 / dense)

@@ -133,12 +133,14 @@ enum Plan<T> {
 }
 
 impl<T: FusedElement> Plan<T> {
-    fn new(device: &Device, convolution: &Convolution, choices: Choices) -> Result<Self> {
+    fn new(device: &Device, convolution: &Convolution, dtype: Dtype, choices: Choices) -> Result<Self> {
         let Convolution { conv, x, .. } = convolution;
         Ok(match conv.kind {
-            ConvKind::Dense => Self::Dense(Conv3x3::plan_with(device, conv, *x, choices)?),
+            ConvKind::Dense => Self::Dense(Conv3x3::plan_with(device, conv, *x, dtype, choices)?),
             ConvKind::Depthwise => Self::Depthwise(Depthwise::plan_with(device, conv, *x, choices)?),
-            ConvKind::Pointwise => Self::Pointwise(Pointwise::plan_with(device, *x, conv.outputs, choices)?),
+            ConvKind::Pointwise => {
+                Self::Pointwise(Pointwise::plan_with(device, *x, conv.outputs, dtype, choices)?)
+            }
         })
     }
 
@@ -155,10 +157,10 @@ impl<T: FusedElement> Plan<T> {
         let (output, gradient, gated) = kinds(pass);
         let skip = gradient == GradientKind::Plain { skip: true };
         match (self, candidate.launch) {
-            (Self::Dense(plan), Launch::Fprop) => plan.shape().fprop_work(T::DTYPE, output),
-            (Self::Dense(plan), Launch::Dgrad) => plan.shape().dgrad_work(T::DTYPE, skip),
+            (Self::Dense(plan), Launch::Fprop) => plan.shape().fprop_work(plan.dtype(), output),
+            (Self::Dense(plan), Launch::Dgrad) => plan.shape().dgrad_work(plan.dtype(), skip),
             // What adds up its partial results is the same for all.
-            (Self::Dense(plan), _) => plan.shape().wgrad_work(T::DTYPE).swap_remove(0),
+            (Self::Dense(plan), _) => plan.shape().wgrad_work(plan.dtype()).swap_remove(0),
             (Self::Depthwise(plan), Launch::Fprop) => {
                 plan.shape().fprop_work(input == InputKind::Silu, output)
             }
@@ -398,22 +400,24 @@ enum Timed<T> {
     Plain(Run<T>),
 }
 
-/// Measures every way of one launch.
+/// Measures every way of one launch of a step in `dtype`, whose elements are `T`.
 ///
 /// # Errors
+/// [`Error::Shape`] if they are not;
 /// [`Error::Driver`] where the device has failed: no other figure would be right. A way that cannot be launched says so in
 /// its result.
 pub fn measure<T: FusedElement>(
     device: &Device,
     candidate: &Candidate,
+    dtype: Dtype,
     effort: Effort,
 ) -> Result<TuneResult> {
     let Candidate { convolution, launch, calls } = *candidate;
     let Convolution { conv, x, .. } = convolution;
-    let rule = Plan::<T>::new(device, &convolution, Choices::default())?;
+    let rule = Plan::<T>::new(device, &convolution, dtype, Choices::default())?;
     let mut plans = vec![(Choice::default(), Ok(rule))];
-    for choice in possible(candidate, T::DTYPE)? {
-        plans.push((choice, Plan::new(device, &convolution, Choices::only(launch, choice))));
+    for choice in possible(candidate, dtype)? {
+        plans.push((choice, Plan::new(device, &convolution, dtype, Choices::only(launch, choice))));
     }
     // Choices that come to the same launch are one way; layouts of other ranks are others, whatever they take.
     let mut seen = Vec::new();
@@ -431,7 +435,7 @@ pub fn measure<T: FusedElement>(
     });
     let floats = plans.iter().filter_map(|(_, plan)| Some(plan.as_ref().ok()?.workspace_floats())).max();
     let y = conv.output(x)?;
-    let bytes = T::DTYPE.bytes() * (x.elements() + y.elements());
+    let bytes = dtype.bytes() * (x.elements() + y.elements());
     let cache = if device.is_host() { 0 } else { device.gpu().cache };
     let count = (3 * cache).div_ceil(bytes).clamp(1, 8);
     let sets = (0..count)
@@ -439,7 +443,7 @@ pub fn measure<T: FusedElement>(
         .collect::<Result<Vec<_>>>()?;
     let sets = Rc::new(RefCell::new(sets));
     let terms = (y.pixels()).max(conv.weights() / y.c);
-    let bound = bound(T::DTYPE, terms);
+    let bound = bound(dtype, terms);
     let (mut ways, mut timed, mut expected) = (Vec::new(), Vec::new(), Vec::new());
     for (choice, plan) in plans {
         let name = choice.to_string();
@@ -481,7 +485,7 @@ pub fn measure<T: FusedElement>(
         ways[*i].time = Some(Milliseconds::of(&seconds));
     }
     let chosen = choose(&ways);
-    let launch = key(&conv, x, T::DTYPE, launch);
+    let launch = key(&conv, x, dtype, launch);
     Ok(TuneResult { kind: "tune".into(), launch, calls, ways, chosen })
 }
 

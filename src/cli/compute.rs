@@ -16,7 +16,8 @@ pub(super) struct Compute {
     /// to check them), or `auto`: the GPU if there is one that can be used, else the CPU.
     #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = HEADING)]
     device: DeviceName,
-    /// The type of activations and of the weights that convolutions read; sums, weights and optimizer are f32 always
+    /// The type of activations and of the weights that convolutions read; sums, weights and optimizer are f32 always.
+    /// tf32 is f32 whose matrix products round their factors to 11 bits, for the tensor cores
     /// [default: that of the checkpoint, else bf16 on a GPU and f32 on the CPU, which computes in no other].
     #[arg(long, help_heading = HEADING)]
     dtype: Option<DtypeName>,
@@ -64,6 +65,7 @@ impl FromStr for DeviceName {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum DtypeName {
     F32,
+    Tf32,
     F16,
     Bf16,
 }
@@ -72,6 +74,7 @@ impl From<DtypeName> for Dtype {
     fn from(name: DtypeName) -> Self {
         match name {
             DtypeName::F32 => Self::F32,
+            DtypeName::Tf32 => Self::Tf32,
             DtypeName::F16 => Self::F16,
             DtypeName::Bf16 => Self::Bf16,
         }
@@ -223,9 +226,10 @@ mod gpu {
         announce(&name(&device), dtype, &why)?;
         let graphs = flags.graph == Switch::On;
         match dtype {
-            Dtype::F32 => work.on(Accelerated::<f32>::tuned(&device, graphs, tuning)?),
-            Dtype::F16 => work.on(Accelerated::<f16>::tuned(&device, graphs, tuning)?),
-            Dtype::Bf16 => work.on(Accelerated::<bf16>::tuned(&device, graphs, tuning)?),
+            Dtype::F32 => work.on(Accelerated::<f32>::new(&device, graphs)?.tuned(tuning)),
+            Dtype::Tf32 => work.on(Accelerated::in_tf32(&device, graphs)?.tuned(tuning)),
+            Dtype::F16 => work.on(Accelerated::<f16>::new(&device, graphs)?.tuned(tuning)),
+            Dtype::Bf16 => work.on(Accelerated::<bf16>::new(&device, graphs)?.tuned(tuning)),
         }
     }
 

@@ -40,7 +40,7 @@ pub(super) struct Args {
     /// What device memory can move, in TB/s; the default is what a copy reaches on an H200.
     #[arg(long, value_name = "TB/S", default_value_t = 4.3, value_parser = positive)]
     bandwidth: f64,
-    /// What tensor cores can do in the instructions of these kernels, in TFLOP/s; the default is for an H200.
+    /// What tensor cores can do in the instructions of these kernels in f16, in TFLOP/s; the default is for an H200.
     #[arg(long, value_name = "TFLOP/S", default_value_t = 490.0, value_parser = positive)]
     tensor: f64,
     /// What everything else can do in f32, in TFLOP/s; the default is for an H200.
@@ -71,8 +71,12 @@ struct Ceilings {
 
 impl Ceilings {
     fn of(args: &Args) -> Self {
-        // In f32 there are no tensor cores.
-        let tensor = if args.dtype == DtypeName::F32 { args.vector } else { args.tensor };
+        // In f32 there are no tensor cores, and tf32 is twice as wide as f16.
+        let tensor = match args.dtype {
+            DtypeName::F32 => args.vector,
+            DtypeName::Tf32 => args.tensor / 2.0,
+            DtypeName::F16 | DtypeName::Bf16 => args.tensor,
+        };
         Self {
             bytes: args.bandwidth * 1e12,
             tensor_operations: tensor * 1e12,

@@ -10,7 +10,7 @@ use super::conv_strips::{self, StripProblem, Strips};
 use super::conv_tile::{self, BOUNDS, Columns, ConvTiles};
 use super::gemm::{FastDivisor, Grid, RUNS, THREADS, Tile, WEIGHT_BLOCKS, WeightGrid, step_elements};
 use super::operand::{Arrival, GradientOutput, GradientView, Input, NormFinish, Output, OutputKind};
-use super::raw::RawElement;
+use super::raw::{RawElement, check_storage};
 use super::tuning::{Choice, Choices, Launch, Way};
 use super::{Cost, Work, Workspace};
 use crate::backend::Activation;
@@ -49,11 +49,13 @@ pub const FAMILY: Family = Family {
     name: "conv3x3",
     kernels: &[
         entry("conv3x3_fprop_narrow_f32", FPROP),
+        entry("conv3x3_fprop_narrow_tf32", FPROP),
         entry("conv3x3_fprop_narrow_f16", FPROP),
         entry("conv3x3_fprop_narrow_bf16", FPROP),
         entry("conv3x3_fprop_wide_f16", FPROP),
         entry("conv3x3_fprop_wide_bf16", FPROP),
         entry("conv3x3_dgrad_narrow_f32", DGRAD),
+        entry("conv3x3_dgrad_narrow_tf32", DGRAD),
         entry("conv3x3_dgrad_narrow_f16", DGRAD),
         entry("conv3x3_dgrad_narrow_bf16", DGRAD),
         entry("conv3x3_dgrad_wide_f16", DGRAD),
@@ -73,6 +75,7 @@ pub const FAMILY: Family = Family {
         tiles("conv3x3_dgrad_tiles64_f16", DGRAD_TILES),
         tiles("conv3x3_dgrad_tiles64_bf16", DGRAD_TILES),
         entry("conv3x3_wgrad_f32", WGRAD),
+        entry("conv3x3_wgrad_tf32", WGRAD),
         strips("conv3x3_wgrad_24_s1_f16", 3),
         strips("conv3x3_wgrad_24_s2_f16", 3),
         strips("conv3x3_wgrad_32_s1_f16", 4),
@@ -252,7 +255,7 @@ impl Conv3x3Shape {
     /// that promise the most, from the second best on.
     pub fn choices(&self, dtype: Dtype, launch: Launch) -> Vec<Choice> {
         let ways = |channels: usize, spatial: &[Columns]| {
-            if dtype == Dtype::F32 {
+            if dtype.bytes() == 4 {
                 return Vec::new();
             }
             // Of tiles that hold all channels the smallest.
@@ -266,7 +269,7 @@ impl Conv3x3Shape {
         match launch {
             Launch::Fprop => ways(self.y.c, Columns::FORWARD),
             Launch::Dgrad => ways(self.x.c, Columns::BACKWARD),
-            Launch::Wgrad if dtype == Dtype::F32 => {
+            Launch::Wgrad if dtype.bytes() == 4 => {
                 [264, 528, 1056].map(|blocks| Choice::default().blocks(blocks)).to_vec()
             }
             Launch::Wgrad => (2..=RANKS).map(|rank| Choice::default().rank(rank)).collect(),
@@ -305,7 +308,7 @@ impl Conv3x3Shape {
             return *chosen;
         }
         match dtype {
-            Dtype::F32 => Tile::NARROW,
+            Dtype::F32 | Dtype::Tf32 => Tile::NARROW,
             Dtype::F16 | Dtype::Bf16 if columns <= 32 => Tile::SLIM,
             Dtype::F16 | Dtype::Bf16 if columns.next_multiple_of(128) == columns.next_multiple_of(64) => {
                 Tile::WIDE
@@ -317,7 +320,7 @@ impl Conv3x3Shape {
     /// The spatial tiles of fprop or dgrad, if that is how they are computed. They compute 256 pixels at a time: where more
     /// than half of them would be dead, in small images, an implicit product takes less time.
     fn tiles(&self, dtype: Dtype, choice: Choice) -> Option<ConvTiles> {
-        let tiles = self.tiles.filter(|_| dtype != Dtype::F32)?;
+        let tiles = self.tiles.filter(|_| dtype.bytes() == 2)?;
         let computed = u64::from(tiles.count()) * u64::from(BOUNDS.pixels);
         let worthwhile = computed <= 2 * u64::from(tiles.pixels());
         (choice.way == Some(Way::Spatial) || choice.way.is_none() && worthwhile).then_some(tiles)
@@ -354,7 +357,7 @@ impl Conv3x3Shape {
         Grid { tiles: of_block, runs: tiles.count().div_ceil(of_block), groups }
     }
 
-    /// Of the gradient of the weights in f32.
+    /// Of the gradient of the weights in f32 and tf32.
     fn weight_grid(&self) -> WeightGrid {
         let step = step_elements(Dtype::F32.bytes());
         let blocks = self.choices.wgrad.blocks.unwrap_or(WEIGHT_BLOCKS);
@@ -441,7 +444,7 @@ impl Conv3x3Shape {
         };
         let bytes = size * (self.x.elements() + self.weights() + y.elements()) + extra;
         Work {
-            kernel: format!("conv3x3_fprop_{name}_{}", dtype.suffix()),
+            kernel: format!("conv3x3_fprop_{name}_{}", dtype.name()),
             grid: [grid.blocks(), 1, 1],
             shared,
             cost: self.cost(bytes),
@@ -462,21 +465,21 @@ impl Conv3x3Shape {
         };
         let elements = 2 * self.y.elements() + self.weights() + (1 + usize::from(skip)) * self.x.elements();
         Work {
-            kernel: format!("conv3x3_dgrad_{name}_{}", dtype.suffix()),
+            kernel: format!("conv3x3_dgrad_{name}_{}", dtype.name()),
             grid: [blocks, 1, 1],
             shared,
             cost: self.cost(dtype.bytes() * elements + 4 * 3 * self.y.c),
         }
     }
 
-    /// The launches of [`Conv3x3::wgrad`]: in f32 one, else another one that adds up.
+    /// The launches of [`Conv3x3::wgrad`]: in f32 and tf32 one, else another one that adds up.
     pub fn wgrad_work(&self, dtype: Dtype) -> Vec<Work> {
         let read = dtype.bytes() * (2 * self.y.elements() + self.x.elements()) + 4 * 3 * self.y.c;
         let dweight = 4 * 2 * self.weights();
-        if dtype == Dtype::F32 {
+        if dtype.storage() == Dtype::F32 {
             let grid = self.weight_grid();
             return vec![Work {
-                kernel: "conv3x3_wgrad_f32".into(),
+                kernel: format!("conv3x3_wgrad_{dtype}"),
                 grid: [grid.blocks(), 1, 1],
                 shared: Tile::WEIGHTS.shared(2),
                 cost: self.cost(read + 4 * grid.partial() + dweight),
@@ -491,7 +494,7 @@ impl Conv3x3Shape {
         };
         vec![
             Work {
-                kernel: format!("conv3x3_wgrad_{}_{}", strips.name(), dtype.suffix()),
+                kernel: format!("conv3x3_wgrad_{}_{}", strips.name(), dtype.name()),
                 grid: [strips.blocks(), 1, 1],
                 shared: strips.shared,
                 cost: self.cost(read + partial),
@@ -502,8 +505,11 @@ impl Conv3x3Shape {
 
     /// Floats that the launches need in a [`Workspace`].
     pub fn workspace_floats(&self, dtype: Dtype) -> usize {
-        let of_weights =
-            if dtype == Dtype::F32 { self.weight_grid().partial() } else { self.strips().partial() };
+        let of_weights = if dtype.storage() == Dtype::F32 {
+            self.weight_grid().partial()
+        } else {
+            self.strips().partial()
+        };
         moment_floats(&self.grid(dtype), self.y.c).max(of_weights)
     }
 }
@@ -517,6 +523,7 @@ const fn moment_floats(grid: &Grid, channels: usize) -> usize {
 #[derive(Debug)]
 pub struct Conv3x3<T> {
     device: Device,
+    dtype: Dtype,
     shape: Conv3x3Shape,
     fprop: Kernel,
     dgrad: Kernel,
@@ -531,15 +538,16 @@ impl<T: RawElement> Conv3x3<T> {
     /// # Errors
     /// Those of [`Conv3x3Shape::new`] and of [`Device::module`]; [`Error::Driver`] on a GPU with too little shared memory.
     pub fn plan(device: &Device, conv: &Conv, x: Shape) -> Result<Self> {
-        Self::plan_with(device, conv, x, Choices::default())
+        Self::plan_with(device, conv, x, T::DTYPE, Choices::default())
     }
 
-    /// As [`plan`](Self::plan), with launches as a tuning chooses them.
+    /// The same, multiplying as `dtype` says, with launches as a tuning chooses them.
     ///
     /// # Errors
-    /// As there, and those of [`Conv3x3Shape::with`].
-    pub fn plan_with(device: &Device, conv: &Conv, x: Shape, choices: Choices) -> Result<Self> {
-        let shape = Conv3x3Shape::new(conv, x)?.with(T::DTYPE, choices)?;
+    /// Those of [`plan`](Self::plan) and of [`Conv3x3Shape::with`]; [`Error::Shape`] if elements of `dtype` are no `T`.
+    pub fn plan_with(device: &Device, conv: &Conv, x: Shape, dtype: Dtype, choices: Choices) -> Result<Self> {
+        check_storage::<T>(OPERATION, dtype)?;
+        let shape = Conv3x3Shape::new(conv, x)?.with(dtype, choices)?;
         let module = device.module(&FAMILY)?;
         let kernel = |work: Work| {
             let kernel = module.kernel(&work.kernel)?;
@@ -548,13 +556,19 @@ impl<T: RawElement> Conv3x3<T> {
         };
         Ok(Self {
             device: device.clone(),
+            dtype,
             shape,
-            fprop: kernel(shape.fprop_work(T::DTYPE, OutputKind::Plain))?,
-            dgrad: kernel(shape.dgrad_work(T::DTYPE, false))?,
-            wgrad: kernel(shape.wgrad_work(T::DTYPE).swap_remove(0))?,
+            fprop: kernel(shape.fprop_work(dtype, OutputKind::Plain))?,
+            dgrad: kernel(shape.dgrad_work(dtype, false))?,
+            wgrad: kernel(shape.wgrad_work(dtype).swap_remove(0))?,
             sum: module.kernel(SUM)?,
             element: PhantomData,
         })
+    }
+
+    /// How it multiplies.
+    pub const fn dtype(&self) -> Dtype {
+        self.dtype
     }
 
     /// The shapes, and what the launches cost.
@@ -564,7 +578,7 @@ impl<T: RawElement> Conv3x3<T> {
 
     /// Floats that the launches need in a [`Workspace`].
     pub fn workspace_floats(&self) -> usize {
-        self.shape.workspace_floats(T::DTYPE)
+        self.shape.workspace_floats(self.dtype)
     }
 
     /// y ← the convolution of x, finished as `output` says. `weight` is \[out, 3, 3, in\].
@@ -583,8 +597,8 @@ impl<T: RawElement> Conv3x3<T> {
         workspace: &mut Workspace,
     ) -> Result<()> {
         let shape = &self.shape;
-        let work = shape.fprop_work(T::DTYPE, output.kind());
-        let grid = shape.grid(T::DTYPE);
+        let work = shape.fprop_work(self.dtype, output.kind());
+        let grid = shape.grid(self.dtype);
         let outputs = shape.y.c as u32;
         let x = plain(x)?;
         let mut operands = Operands::new(OPERATION, &self.device, stream)?;
@@ -617,7 +631,7 @@ impl<T: RawElement> Conv3x3<T> {
             _ => launch.null().null(),
         };
         launch.output(&mut partial).output(&mut counters).value(&finish);
-        let tiles = shape.tiles(T::DTYPE, shape.choices.fprop);
+        let tiles = shape.tiles(self.dtype, shape.choices.fprop);
         let inputs = shape.x.c as u32;
         match &tiles {
             Some(tiles) => launch.value(tiles).value(&inputs),
@@ -655,11 +669,11 @@ impl<T: RawElement> Conv3x3<T> {
             operands.read("skip", skip, shape.x.elements())?;
         }
         operands.write("dx", dx, shape.x.elements())?;
-        let work = shape.dgrad_work(T::DTYPE, skip.is_some());
+        let work = shape.dgrad_work(self.dtype, skip.is_some());
         let (inputs, outputs) = (shape.x.c as u32, shape.y.c as u32);
         let tiled =
-            shape.tiles(T::DTYPE, shape.choices.dgrad).map(|tiles| (tiles, shape.gradient_grid(&tiles)));
-        let (classes, _) = shape.gradient(T::DTYPE);
+            shape.tiles(self.dtype, shape.choices.dgrad).map(|tiles| (tiles, shape.gradient_grid(&tiles)));
+        let (classes, _) = shape.gradient(self.dtype);
         let mut launch = self.dgrad.on(stream);
         launch.input(gradient.g).input(gradient.y).input(gradient.owed).input(weight);
         match skip {
@@ -690,7 +704,7 @@ impl<T: RawElement> Conv3x3<T> {
         workspace: &mut Workspace,
     ) -> Result<()> {
         let shape = &self.shape;
-        let works = shape.wgrad_work(T::DTYPE);
+        let works = shape.wgrad_work(self.dtype);
         let x = plain(x)?;
         let mut operands = Operands::new(OPERATION, &self.device, stream)?;
         operands.read("x", x, shape.x.elements())?;

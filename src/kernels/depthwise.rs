@@ -44,6 +44,8 @@ pub const FAMILY: Family = Family {
         backward("depthwise_backward_3x3_s1_f32"),
         backward("depthwise_backward_3x3_s1_f16"),
         backward("depthwise_backward_3x3_s1_bf16"),
+        backward("depthwise_backward_3x3_s1c5_f16"),
+        backward("depthwise_backward_3x3_s1c5_bf16"),
         backward("depthwise_backward_3x3_s2_f32"),
         backward("depthwise_backward_3x3_s2_f16"),
         backward("depthwise_backward_3x3_s2_bf16"),
@@ -72,10 +74,13 @@ impl Tiling {
         Self { channels: 4, columns: 4 }
     }
 
-    const fn backward(conv: &Conv) -> Self {
-        let columns = match (conv.kernel, conv.stride) {
-            (5, 1) => 3,
-            (5, 2) => 2,
+    /// For so many columns of steps. A row of a strip takes about 760 instructions if it has four columns and 915 if it has
+    /// five, and a strip that is not full takes as many as one that is.
+    const fn backward(conv: &Conv, dtype: Dtype, across: usize) -> Self {
+        let columns = match (conv.kernel, conv.stride, dtype) {
+            (5, 1, _) => 3,
+            (5, 2, _) => 2,
+            (3, 1, Dtype::F16 | Dtype::Bf16) if across.div_ceil(5) * 915 < across.div_ceil(4) * 760 => 5,
             _ => 4,
         };
         Self { channels: 2, columns }
@@ -201,7 +206,7 @@ impl DepthwiseShape {
             OutputKind::Folded { skip } => (if skip { y } else { 0 }, c),
         };
         let floats = floats + if silu { 2 * c } else { 0 };
-        self.work("fprop", &geometry, x + y + skip + self.conv.weights(), floats, 2)
+        self.work("fprop", "", &geometry, x + y + skip + self.conv.weights(), floats, 2)
     }
 
     /// The backward launch; `gated` for [`Arrival::Gated`].
@@ -222,7 +227,8 @@ impl DepthwiseShape {
                 0
             }
         };
-        self.work("backward", &geometry, 2 * x + 2 * y + skip + self.conv.weights(), floats, 4)
+        let cut = if self.backward_tiling().columns == 5 { "c5" } else { "" };
+        self.work("backward", cut, &geometry, 2 * x + 2 * y + skip + self.conv.weights(), floats, 4)
     }
 
     /// Floats of a [`Workspace`] that the launches need.
@@ -235,6 +241,7 @@ impl DepthwiseShape {
     fn work(
         &self,
         direction: &str,
+        cut: &str,
         geometry: &Geometry,
         elements: usize,
         floats: usize,
@@ -243,7 +250,7 @@ impl DepthwiseShape {
         let Conv { kernel, stride, .. } = self.conv;
         let taps = (kernel * kernel) as u64;
         Work {
-            kernel: format!("depthwise_{direction}_{kernel}x{kernel}_s{stride}_{}", self.dtype),
+            kernel: format!("depthwise_{direction}_{kernel}x{kernel}_s{stride}{cut}_{}", self.dtype.suffix()),
             grid: [geometry.runs * self.tiles() as u32, 1, 1],
             shared: 0,
             cost: Cost {
@@ -262,14 +269,19 @@ impl DepthwiseShape {
         self.geometry(self.choices.fprop, Tiling::fprop(), [self.y.h, self.y.w])
     }
 
+    /// Steps of one side backward: they begin at the first that has a row of the input.
+    fn backward_steps(&self, side: usize) -> usize {
+        let (pad, stride) = (self.conv.pad_before(side), self.conv.stride);
+        (side + pad - 1) / stride + 1 - pad / stride
+    }
+
+    fn backward_tiling(&self) -> Tiling {
+        Tiling::backward(&self.conv, self.dtype, self.backward_steps(self.x.w))
+    }
+
     fn backward_geometry(&self) -> Geometry {
-        // Steps begin at the first that has a row of the input.
-        let steps = |side: usize| {
-            let (pad, stride) = (self.conv.pad_before(side), self.conv.stride);
-            (side + pad - 1) / stride + 1 - pad / stride
-        };
-        let steps = [steps(self.x.h), steps(self.x.w)];
-        self.geometry(self.choices.backward, Tiling::backward(&self.conv), steps)
+        let sides = [self.backward_steps(self.x.h), self.backward_steps(self.x.w)];
+        self.geometry(self.choices.backward, self.backward_tiling(), sides)
     }
 
     /// Cut for `sides` steps down and across.

@@ -69,7 +69,7 @@ impl HeadShape {
 
     fn work(&self, name: &str, blocks: u32, bytes: usize, operations: usize) -> Work {
         let cost = Cost { bytes: bytes as u64, tensor_operations: 0, operations: operations as u64 };
-        Work { kernel: format!("head_{name}_{}", self.dtype), grid: [blocks, 1, 1], shared: 0, cost }
+        Work { kernel: format!("head_{name}_{}", self.dtype.suffix()), grid: [blocks, 1, 1], shared: 0, cost }
     }
 
     /// The launch of [`Head::pool`].

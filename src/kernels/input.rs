@@ -60,7 +60,7 @@ pub fn forward_work(images: usize, side: usize, dtype: Dtype) -> Work {
     let elements = images * side * side * CHANNELS;
     let bytes = elements * (1 + dtype.bytes()) + 4 * (CHANNELS * 256 + images * MIX_WORDS);
     let cost = Cost { bytes: bytes as u64, tensor_operations: 0, operations: 2 * elements as u64 };
-    Work { kernel: format!("input_{dtype}"), grid: grid(elements as u32), shared: 0, cost }
+    Work { kernel: format!("input_{}", dtype.suffix()), grid: grid(elements as u32), shared: 0, cost }
 }
 
 const fn grid(elements: u32) -> [u32; 3] {

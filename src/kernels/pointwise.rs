@@ -4,7 +4,7 @@
 //! What a tensor still owes is paid while it is read ([`Input`], [`GradientView`]), and what batch norm needs of a tensor
 //! is taken while it is written ([`Output`], [`GradientOutput`]).
 //!
-//! Tiles. A block computes 128 rows (pixels) and 128 or 64 columns (channels) at a time. f32 has 64 columns; so have f16
+//! Tiles. A block computes 128 rows (pixels) and 128 or 64 columns (channels) at a time. f32 and tf32 have 64 columns; so have f16
 //! and bf16 where there are no more, or where 128 would leave fewer than 132 blocks for the GPU. Otherwise 128: the rows
 //! are then read, and what they owe is computed, half as often. Weight gradients are computed in tiles of 64 outputs × 128
 //! inputs, the pixels being cut so that there are about 528 blocks. All of it follows from the shape, so results are the
@@ -23,7 +23,7 @@ use super::operand::{
     OwedFinish,
 };
 use super::pointwise_one_pass::{self, BUSY, OnePass};
-use super::raw::{RawElement, check_shape};
+use super::raw::{RawElement, check_shape, check_storage};
 use super::tuning::{Choice, Choices, Launch, Way};
 use super::work::{Cost, Work};
 use super::workspace::Workspace;
@@ -51,27 +51,33 @@ pub const FAMILY: Family = Family {
     name: "pointwise",
     kernels: &[
         entry("pointwise_fprop_narrow_f32", FPROP),
+        entry("pointwise_fprop_narrow_tf32", FPROP),
         entry("pointwise_fprop_narrow_f16", FPROP),
         entry("pointwise_fprop_narrow_bf16", FPROP),
         entry("pointwise_fprop_wide_f16", FPROP),
         entry("pointwise_fprop_wide_bf16", FPROP),
         entry("pointwise_dgrad_narrow_f32", DGRAD),
+        entry("pointwise_dgrad_narrow_tf32", DGRAD),
         entry("pointwise_dgrad_narrow_f16", DGRAD),
         entry("pointwise_dgrad_narrow_bf16", DGRAD),
         entry("pointwise_dgrad_wide_f16", DGRAD),
         entry("pointwise_dgrad_wide_bf16", DGRAD),
         entry("pointwise_dgrad_gated_f32", GATED),
+        entry("pointwise_dgrad_gated_tf32", GATED),
         entry("pointwise_dgrad_gated_f16", GATED),
         entry("pointwise_dgrad_gated_bf16", GATED),
         entry("pointwise_wgrad_f32", WGRAD),
+        entry("pointwise_wgrad_tf32", WGRAD),
         entry("pointwise_wgrad_f16", WGRAD),
         entry("pointwise_wgrad_bf16", WGRAD),
         entry("pointwise_backward_narrow_f32", BACKWARD),
+        entry("pointwise_backward_narrow_tf32", BACKWARD),
         entry("pointwise_backward_narrow_f16", BACKWARD),
         entry("pointwise_backward_narrow_bf16", BACKWARD),
         entry("pointwise_backward_wide_f16", BACKWARD),
         entry("pointwise_backward_wide_bf16", BACKWARD),
         entry("pointwise_backward_gated_f32", BACKWARD),
+        entry("pointwise_backward_gated_tf32", BACKWARD),
         entry("pointwise_backward_gated_f16", BACKWARD),
         entry("pointwise_backward_gated_bf16", BACKWARD),
         entry("pointwise_classifier_bias_f32", BIAS),
@@ -170,7 +176,7 @@ impl PointwiseWork {
         }
         let wide = Grid::new(self.rows(), columns as u32, &Tile::WIDE);
         let blocks = self.rows().div_ceil(Tile::WIDE.rows) * wide.groups;
-        if self.dtype != Dtype::F32 && columns as u32 > Tile::NARROW.columns && blocks >= BUSY {
+        if self.dtype.bytes() == 2 && columns as u32 > Tile::NARROW.columns && blocks >= BUSY {
             &Tile::WIDE
         } else {
             &Tile::NARROW
@@ -206,7 +212,7 @@ impl PointwiseWork {
     }
 
     fn kernel(&self, operation: &str, tile: &Tile) -> String {
-        let parts = ["pointwise", operation, tile.name, self.dtype.suffix()];
+        let parts = ["pointwise", operation, tile.name, self.dtype.name()];
         parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("_")
     }
 
@@ -296,7 +302,7 @@ impl PointwiseWork {
 
     fn gradient_kernel(&self, operation: &str, output: GradientKind) -> String {
         match output {
-            GradientKind::Gated => format!("pointwise_{operation}_gated_{}", self.dtype.suffix()),
+            GradientKind::Gated => format!("pointwise_{operation}_gated_{}", self.dtype),
             GradientKind::Plain { .. } | GradientKind::Silu => self.kernel(operation, self.input_tile()),
         }
     }
@@ -485,15 +491,22 @@ impl<T: RawElement> Pointwise<T> {
     /// # Errors
     /// Those of [`PointwiseWork::new`] and [`Device::module`]; [`Error::Driver`].
     pub fn plan(device: &Device, x: Shape, outputs: usize) -> Result<Self> {
-        Self::plan_with(device, x, outputs, Choices::default())
+        Self::plan_with(device, x, outputs, T::DTYPE, Choices::default())
     }
 
-    /// As [`plan`](Self::plan), with launches as a tuning chooses them.
+    /// The same, multiplying as `dtype` says, with launches as a tuning chooses them.
     ///
     /// # Errors
-    /// As there, and those of [`PointwiseWork::with`].
-    pub fn plan_with(device: &Device, x: Shape, outputs: usize, choices: Choices) -> Result<Self> {
-        let work = PointwiseWork::new(x, outputs, T::DTYPE)?.with(choices)?;
+    /// Those of [`plan`](Self::plan) and of [`PointwiseWork::with`]; [`Error::Shape`] if elements of `dtype` are no `T`.
+    pub fn plan_with(
+        device: &Device,
+        x: Shape,
+        outputs: usize,
+        dtype: Dtype,
+        choices: Choices,
+    ) -> Result<Self> {
+        check_storage::<T>(OPERATION, dtype)?;
+        let work = PointwiseWork::new(x, outputs, dtype)?.with(choices)?;
         Ok(Self {
             device: device.clone(),
             work,
@@ -743,9 +756,8 @@ impl<T: RawElement> Pointwise<T> {
             self.work.backward_in(passes, input.kind(), output.kind()).ok_or_else(|| Error::Shape {
                 operation: OPERATION,
                 problem: format!(
-                    "there is no single pass for {x} from {} channels as {:?}",
-                    y_shape.c,
-                    T::DTYPE
+                    "there is no single pass for {x} from {} channels in {}",
+                    y_shape.c, self.work.dtype
                 ),
             })?;
         let one = self.work.one_pass(input.kind(), output.kind()).filter(|_| passes == Passes::One);
@@ -889,7 +901,7 @@ impl ClassifierWork {
         let (n, c) = (x.n, self.classes);
         let copy = if self.is_padded() { n * pitch } else { 0 };
         let bias = Work {
-            kernel: format!("pointwise_classifier_bias_{dtype}"),
+            kernel: format!("pointwise_classifier_bias_{}", dtype.suffix()),
             grid: [(pitch as u32).div_ceil(BIAS_COLUMNS), 1, 1],
             shared: 0,
             cost: Cost {
@@ -931,7 +943,22 @@ impl<T: RawElement> Classifier<T> {
     /// # Errors
     /// Those of [`ClassifierWork::new`] and [`Device::module`]; [`Error::Driver`].
     pub fn plan(device: &Device, images: usize, features: usize, classes: usize) -> Result<Self> {
-        let work = ClassifierWork::new(images, features, classes, T::DTYPE)?;
+        Self::plan_in(device, images, features, classes, T::DTYPE)
+    }
+
+    /// The same, multiplying as `dtype` says.
+    ///
+    /// # Errors
+    /// Those of [`plan`](Self::plan); [`Error::Shape`] if elements of `dtype` are no `T`.
+    pub fn plan_in(
+        device: &Device,
+        images: usize,
+        features: usize,
+        classes: usize,
+        dtype: Dtype,
+    ) -> Result<Self> {
+        check_storage::<T>(CLASSIFIER, dtype)?;
+        let work = ClassifierWork::new(images, features, classes, dtype)?;
         let [bias, dgrad, wgrad] = work.backward();
         let padded =
             if work.is_padded() { Some(device.zeros(images * work.products.outputs)?) } else { None };

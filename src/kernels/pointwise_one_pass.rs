@@ -111,7 +111,7 @@ impl OnePass {
             (Dtype::Bf16, false, _) => "pointwise_one_pass_n128_bf16",
             (Dtype::Bf16, true, 0) => "pointwise_one_pass_gated_n64_bf16",
             (Dtype::Bf16, true, _) => "pointwise_one_pass_gated_n128_bf16",
-            (Dtype::F32, ..) => return None,
+            (Dtype::F32 | Dtype::Tf32, ..) => return None,
         };
         let cuts = (1..=inputs.div_ceil(16)).map(|groups| inputs.div_ceil(groups).next_multiple_of(16));
         let (columns, tile, shared) = cuts.filter(|&columns| columns <= COLUMNS).find_map(|columns| {

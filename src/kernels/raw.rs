@@ -60,6 +60,15 @@ pub(super) fn channel_blocks(shape: Shape) -> u32 {
     shape.n as u32 * (shape.c as u32).div_ceil(CHANNEL_TILE)
 }
 
+/// Refuses to take elements for those of `dtype` if they are not.
+pub(super) fn check_storage<T: RawElement>(operation: &'static str, dtype: Dtype) -> Result<()> {
+    if dtype.storage() == T::DTYPE {
+        return Ok(());
+    }
+    let problem = format!("its elements are {}, which are not multiplied as {dtype}", T::DTYPE);
+    Err(Error::Shape { operation, problem })
+}
+
 /// Refuses what the kernels that sum over pixels cannot index.
 pub(super) fn check_shape(operation: &'static str, shape: Shape) -> Result<()> {
     let Shape { n, h, w, c } = shape;

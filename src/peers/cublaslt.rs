@@ -65,7 +65,7 @@ impl CublasLt {
         tensors: &mut Tensors<T>,
     ) -> Result<Product> {
         let kind = match T::DTYPE {
-            Dtype::F32 => sys::cudaDataType_t::CUDA_R_32F,
+            Dtype::F32 | Dtype::Tf32 => sys::cudaDataType_t::CUDA_R_32F,
             Dtype::F16 => sys::cudaDataType_t::CUDA_R_16F,
             Dtype::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
         };

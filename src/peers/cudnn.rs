@@ -103,7 +103,7 @@ impl Drop for Cudnn {
 
 const fn data_type(dtype: Dtype) -> sys::cudnnDataType_t {
     match dtype {
-        Dtype::F32 => sys::cudnnDataType_t::CUDNN_DATA_FLOAT,
+        Dtype::F32 | Dtype::Tf32 => sys::cudnnDataType_t::CUDNN_DATA_FLOAT,
         Dtype::F16 => sys::cudnnDataType_t::CUDNN_DATA_HALF,
         Dtype::Bf16 => sys::cudnnDataType_t::CUDNN_DATA_BFLOAT16,
     }
@@ -166,7 +166,7 @@ impl Description {
         // In f32 our kernels multiply in f32, too.
         let math = match dtype {
             Dtype::F32 => sys::cudnnMathType_t::CUDNN_FMA_MATH,
-            Dtype::F16 | Dtype::Bf16 => sys::cudnnMathType_t::CUDNN_TENSOR_OP_MATH,
+            Dtype::Tf32 | Dtype::F16 | Dtype::Bf16 => sys::cudnnMathType_t::CUDNN_TENSOR_OP_MATH,
         };
         let sums = sys::cudnnDataType_t::CUDNN_DATA_FLOAT;
         // SAFETY: the descriptor is alive.

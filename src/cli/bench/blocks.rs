@@ -54,7 +54,7 @@ impl Job for Args {
         let places = self.places(size)?;
         let batch = self.common.batch(if site.on_gpu { 128 } else { 1 });
         let settings = Settings { batch, dtype: site.dtype, count_bytes: site.on_gpu, ceiling: site.ceiling };
-        say!("batch {batch}, {}, {} rounds\n", site.dtype.suffix(), bench.effort.rounds)?;
+        say!("batch {batch}, {}, {} rounds\n", site.dtype, bench.effort.rounds)?;
         let forms = [BlockKind::FusedMbConv, BlockKind::MbConv];
         let bar = bar(2 * places.len(), "blocks");
         let (mut results, mut missing) = (Vec::new(), Vec::new());

@@ -55,7 +55,7 @@ impl Job for Args {
         };
         let size = self.size.unwrap_or(if site.on_gpu { architecture.train_size } else { 64 });
         let batch = self.common.batch(if site.on_gpu { 64 } else { 2 });
-        say!("{}, {size} px, batch {batch}, {}\n", architecture.name, site.dtype.suffix())?;
+        say!("{}, {size} px, batch {batch}, {}\n", architecture.name, site.dtype)?;
         let stages = architecture.stages.len();
         let fused_stages = rows(stages);
         let bar = bar(fused_stages.len(), "networks");

@@ -1,7 +1,6 @@
 //! `bench libraries`: our kernels beside cuBLASLt's and cuDNN's.
 
 use super::{Common, Site, milliseconds, spread, table};
-use crate::Result;
 use crate::bench::libraries::{LibraryResult, Settings, layers, run as measure};
 use crate::bench::machine::Machine;
 use crate::cli::output::say;
@@ -12,6 +11,7 @@ use crate::report::bars::{Bars, Group};
 use crate::report::table::Column;
 use crate::tensor::Dtype;
 use crate::train::progressive::check_side;
+use crate::{Error, Result};
 use half::{bf16, f16};
 use std::cell::Cell;
 use std::time::Duration;
@@ -69,6 +69,10 @@ pub(super) fn run(args: &Args) -> Result<()> {
         bar.inc(1);
     };
     let results = match dtype {
+        Dtype::Tf32 => {
+            let problem = "the libraries are compared in f32, f16 and bf16";
+            return Err(Error::usage("dtype", dtype, problem));
+        }
         Dtype::F32 => measure::<f32>(&device, &libraries, &settings, done),
         Dtype::F16 => measure::<f16>(&device, &libraries, &settings, done),
         Dtype::Bf16 => measure::<bf16>(&device, &libraries, &settings, done),

@@ -210,7 +210,7 @@ impl Site {
 
     /// The heading of the chart.
     fn title(&self, what: &str) -> String {
-        format!("{what}: {}, {}", self.machine.name, self.dtype.suffix())
+        format!("{what}: {}, {}", self.machine.name, self.dtype)
     }
 }
 

@@ -41,7 +41,7 @@ impl Job for Args {
         let batch = self.common.batch(if site.on_gpu { 256 } else { 8 });
         let name = &architecture.name;
         let rounds = bench.effort.rounds;
-        say!("{name}, {size} px, batch {batch}, {}, {rounds} training steps\n", site.dtype.suffix())?;
+        say!("{name}, {size} px, batch {batch}, {}, {rounds} training steps\n", site.dtype)?;
         let network = architecture.network(1000);
         let settings = site.settings(network, size, batch);
         let results = run(bench, &settings)?;

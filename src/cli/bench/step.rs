@@ -62,12 +62,7 @@ impl Job for Args {
             Passes::Training => &[Pass::Training],
             Passes::Inference => &[Pass::Inference],
         };
-        say!(
-            "{}, batch {batch}, {}, {} rounds\n",
-            architecture.name,
-            site.dtype.suffix(),
-            bench.effort.rounds
-        )?;
+        say!("{}, batch {batch}, {}, {} rounds\n", architecture.name, site.dtype, bench.effort.rounds)?;
         let bar = bar(sizes.len() * passes.len(), "measurements");
         let mut results = Vec::new();
         for &size in &sizes {

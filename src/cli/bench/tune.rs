@@ -102,9 +102,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
                 break;
             }
             measured.push(match dtype {
-                Dtype::F32 => measure::<f32>(&device, candidate, effort),
-                Dtype::F16 => measure::<f16>(&device, candidate, effort),
-                Dtype::Bf16 => measure::<bf16>(&device, candidate, effort),
+                Dtype::F32 | Dtype::Tf32 => measure::<f32>(&device, candidate, dtype, effort),
+                Dtype::F16 => measure::<f16>(&device, candidate, dtype, effort),
+                Dtype::Bf16 => measure::<bf16>(&device, candidate, dtype, effort),
             }?);
             bar.inc(1);
         }

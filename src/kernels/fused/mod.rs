@@ -107,6 +107,7 @@ pub struct Accelerated<T: FusedElement> {
     // Before all that it replays: it goes first.
     recorder: Recorder,
     device: Device,
+    dtype: Dtype,
     arena: Arena,
     scratch: Scratch,
     plans: Plans<T>,
@@ -130,6 +131,16 @@ struct Planned {
 /// A device that waits to compute has nothing in the arena; this is what it begins with.
 const SMALLEST_ARENA: usize = 1 << 20;
 
+impl Accelerated<f32> {
+    /// As [`new`](Self::new), but matrix products are in tf32: see [`Dtype::Tf32`].
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn in_tf32(device: &Device, graphs: bool) -> Result<Self> {
+        Self::new_in(device, graphs, Dtype::Tf32)
+    }
+}
+
 impl<T: FusedElement> Accelerated<T> {
     /// On `device`, with an arena of a megabyte until [`prepare`](Backend::prepare) makes a larger one. Passes of training
     /// are recorded and replayed as CUDA graphs if `graphs` says so; that changes no bit of what is computed.
@@ -137,25 +148,28 @@ impl<T: FusedElement> Accelerated<T> {
     /// # Errors
     /// [`Error::Driver`].
     pub fn new(device: &Device, graphs: bool) -> Result<Self> {
-        Self::tuned(device, graphs, None)
+        Self::new_in(device, graphs, T::DTYPE)
     }
 
-    /// As [`new`](Self::new), with launches as a tuning chooses them.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn tuned(device: &Device, graphs: bool, tuning: Option<Arc<Tuning>>) -> Result<Self> {
+    fn new_in(device: &Device, graphs: bool, dtype: Dtype) -> Result<Self> {
         Ok(Self {
+            dtype,
             recorder: Recorder::new(graphs),
             arena: Arena::new(device, SMALLEST_ARENA)?,
             scratch: Scratch::new(device)?,
             device: device.clone(),
-            plans: Plans::tuned(tuning),
+            plans: Plans::new(dtype),
             feeds: Feeds::default(),
             optimizer: None,
             loss_scale: 1.0,
             head: None,
         })
+    }
+
+    /// The same, with launches as a tuning chooses them. Before anything is computed.
+    #[must_use]
+    pub fn tuned(self, tuning: Option<Arc<Tuning>>) -> Self {
+        Self { plans: self.plans.tuned(tuning), ..self }
     }
 
     /// The device.
@@ -174,7 +188,7 @@ impl<T: FusedElement> Accelerated<T> {
     }
 
     fn rehearsed(&self, rehearse: &mut impl FnMut(&mut Planner) -> Result<()>) -> Result<Planner> {
-        let mut planner = Planner::new(T::DTYPE);
+        let mut planner = Planner::new(self.dtype);
         if let Some(tuning) = self.plans.tuning() {
             planner = planner.tuned(Arc::clone(tuning));
         }
@@ -376,7 +390,7 @@ impl<T: FusedElement> Backend for Accelerated<T> {
     }
 
     fn dtype(&self) -> Dtype {
-        T::DTYPE
+        self.dtype
     }
 
     fn set_loss_scale(&mut self, scale: f64) {

@@ -228,7 +228,8 @@ impl Planner {
     pub fn footprint(&self) -> Footprint {
         // Two batches wait on the device while a third is computed with; the weights and their average are copied for
         // training and folded for inference.
-        let copies = if self.dtype == Dtype::F32 { 0 } else { 2 * self.parameters * self.dtype.bytes() };
+        let copies =
+            if self.dtype.storage() == Dtype::F32 { 0 } else { 2 * self.parameters * self.dtype.bytes() };
         let folded = 2 * self.folded.values().sum::<usize>() * self.dtype.bytes();
         Footprint {
             arena: self.layout.borrow().high_water(),
@@ -651,7 +652,7 @@ impl Backend for Planner {
         let rule = self.rule.ok_or_else(|| missing("update"))?;
         let shape = UpdateShape { rule, parameters: self.parameters };
         shape.norm_work().into_iter().for_each(|work| self.launch(work));
-        self.launch(shape.update_work(true, self.dtype));
+        self.launch(shape.update_work(true, self.dtype.storage()));
         self.launch(optimizer::average_work(state.average.stats.len()));
         Ok(())
     }

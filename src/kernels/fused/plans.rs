@@ -84,6 +84,8 @@ pub(super) type HeadKey = (Shape, usize, u64);
 /// All plans of a device.
 #[derive(Debug)]
 pub(super) struct Plans<T> {
+    /// How matrices are multiplied.
+    dtype: Dtype,
     stems: Cache<(Conv, Shape), Stem<T>>,
     dense: Cache<(Conv, Shape), Conv3x3<T>>,
     depthwise: Cache<(Conv, Shape), Depthwise<T>>,
@@ -101,9 +103,10 @@ pub(super) struct Plans<T> {
     tuning: Option<Arc<Tuning>>,
 }
 
-impl<T> Default for Plans<T> {
-    fn default() -> Self {
+impl<T> Plans<T> {
+    pub(super) fn new(dtype: Dtype) -> Self {
         Self {
+            dtype,
             stems: Cache::default(),
             dense: Cache::default(),
             depthwise: Cache::default(),
@@ -121,9 +124,9 @@ impl<T> Default for Plans<T> {
 }
 
 impl<T: FusedElement> Plans<T> {
-    /// None, with launches as `tuning` chooses them.
-    pub(super) fn tuned(tuning: Option<Arc<Tuning>>) -> Self {
-        Self { tuning, ..Self::default() }
+    /// The same, with launches as `tuning` chooses them.
+    pub(super) fn tuned(self, tuning: Option<Arc<Tuning>>) -> Self {
+        Self { tuning, ..self }
     }
 
     pub(super) fn tuning(&self) -> Option<&Arc<Tuning>> {
@@ -159,8 +162,8 @@ impl<T: FusedElement> Plans<T> {
         features: usize,
         classes: usize,
     ) -> Result<&mut Classifier<T>> {
-        let key = [images, features, classes];
-        self.classifiers.get(key, || Classifier::plan(device, images, features, classes))
+        let (key, dtype) = ([images, features, classes], self.dtype);
+        self.classifiers.get(key, || Classifier::plan_in(device, images, features, classes, dtype))
     }
 
     /// The normalisation of inference of one layer.
@@ -195,8 +198,8 @@ impl<T: FusedElement> Plans<T> {
         y: &mut CudaViewMut<'_, T>,
         output: Output<'_, '_, T>,
     ) -> Result<()> {
-        let (stream, key) = (device.compute(), (*conv, x));
-        let choices = || choices(self.tuning.as_deref(), conv, x, T::DTYPE);
+        let (stream, key, dtype) = (device.compute(), (*conv, x), self.dtype);
+        let choices = || choices(self.tuning.as_deref(), conv, x, dtype);
         match Kind::of(conv) {
             Kind::Stem => {
                 let plan = self.stems.get(key, || Stem::plan(device, conv, x))?;
@@ -204,7 +207,7 @@ impl<T: FusedElement> Plans<T> {
                 plan.fprop(stream, images(&input)?, weight, y, output, workspace)
             }
             Kind::Dense => {
-                let plan = self.dense.get(key, || Conv3x3::plan_with(device, conv, x, choices()))?;
+                let plan = self.dense.get(key, || Conv3x3::plan_with(device, conv, x, dtype, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.fprop(stream, input, weight, y, output, workspace)
             }
@@ -214,8 +217,9 @@ impl<T: FusedElement> Plans<T> {
                 plan.fprop(stream, input, weight, y, output, workspace)
             }
             Kind::Pointwise => {
-                let plan =
-                    self.pointwise.get(key, || Pointwise::plan_with(device, x, conv.outputs, choices()))?;
+                let plan = self
+                    .pointwise
+                    .get(key, || Pointwise::plan_with(device, x, conv.outputs, dtype, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.fprop(stream, input, weight, y, output, workspace)
             }
@@ -234,8 +238,8 @@ impl<T: FusedElement> Plans<T> {
         dweight: &mut CudaViewMut<'_, f32>,
         output: GradientOutput<'_, '_, T>,
     ) -> Result<()> {
-        let (stream, key) = (device.compute(), (*conv, x));
-        let choices = || choices(self.tuning.as_deref(), conv, x, T::DTYPE);
+        let (stream, key, dtype) = (device.compute(), (*conv, x), self.dtype);
+        let choices = || choices(self.tuning.as_deref(), conv, x, dtype);
         match Kind::of(conv) {
             Kind::Stem => {
                 let plan = self.stems.get(key, || Stem::plan(device, conv, x))?;
@@ -244,7 +248,7 @@ impl<T: FusedElement> Plans<T> {
                 plan.wgrad(stream, images(&input)?, gradient, dweight, workspace)
             }
             Kind::Dense => {
-                let plan = self.dense.get(key, || Conv3x3::plan_with(device, conv, x, choices()))?;
+                let plan = self.dense.get(key, || Conv3x3::plan_with(device, conv, x, dtype, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.dgrad(stream, gradient, weight, dx, output)?;
                 plan.wgrad(stream, input, gradient, dweight, workspace)
@@ -255,8 +259,9 @@ impl<T: FusedElement> Plans<T> {
                 plan.backward(stream, input, gradient, weight, dx, dweight, output, workspace)
             }
             Kind::Pointwise => {
-                let plan =
-                    self.pointwise.get(key, || Pointwise::plan_with(device, x, conv.outputs, choices()))?;
+                let plan = self
+                    .pointwise
+                    .get(key, || Pointwise::plan_with(device, x, conv.outputs, dtype, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.backward(stream, input, gradient, weight, dx, dweight, output, workspace)
             }
@@ -272,8 +277,8 @@ impl<T: FusedElement> Plans<T> {
         gradient: GradientView<'_, '_, T>,
         dweight: &mut CudaViewMut<'_, f32>,
     ) -> Result<()> {
-        let (stream, key) = (device.compute(), (*conv, x));
-        let choices = || choices(self.tuning.as_deref(), conv, x, T::DTYPE);
+        let (stream, key, dtype) = (device.compute(), (*conv, x), self.dtype);
+        let choices = || choices(self.tuning.as_deref(), conv, x, dtype);
         match Kind::of(conv) {
             Kind::Stem => {
                 let plan = self.stems.get(key, || Stem::plan(device, conv, x))?;
@@ -281,7 +286,7 @@ impl<T: FusedElement> Plans<T> {
                 plan.wgrad(stream, images(&input)?, gradient, dweight, workspace)
             }
             Kind::Dense => {
-                let plan = self.dense.get(key, || Conv3x3::plan_with(device, conv, x, choices()))?;
+                let plan = self.dense.get(key, || Conv3x3::plan_with(device, conv, x, dtype, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.wgrad(stream, input, gradient, dweight, workspace)
             }
@@ -290,8 +295,9 @@ impl<T: FusedElement> Plans<T> {
                 Err(Error::Shape { operation: "depthwise convolution", problem })
             }
             Kind::Pointwise => {
-                let plan =
-                    self.pointwise.get(key, || Pointwise::plan_with(device, x, conv.outputs, choices()))?;
+                let plan = self
+                    .pointwise
+                    .get(key, || Pointwise::plan_with(device, x, conv.outputs, dtype, choices()))?;
                 let workspace = scratch.with(device, plan.workspace_floats())?;
                 plan.wgrad(stream, input, gradient, dweight, workspace)
             }

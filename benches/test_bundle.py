@@ -66,7 +66,7 @@ class Bundle(unittest.TestCase):
         return done.returncode, {part["part"]: part for part in summary["parts"]}, summary
 
     def test_what_fails_or_takes_too_long_loses_nothing_else(self):
-        code, parts, summary = self.run_script("--only", "devices,tests,step,fusion,peers", "--seconds", "16")
+        code, parts, summary = self.run_script("--only", "devices,tests,step,fusion,peers", "--seconds", "24")
         self.assertEqual((code, summary["gpu"], summary["commit"]), (1, 'GPU 0: "a \\ GPU"', "abc"))
         self.assertEqual([part["state"] for part in parts.values()], ["passed", "failed", "failed", "passed", "not run"])
         self.assertEqual(parts["tests"]["note"], "1 of 3 programs well, 4 tests passed, 1 not run; failed: b; "
@@ -78,9 +78,20 @@ class Bundle(unittest.TestCase):
         start = time.monotonic()
         code, parts, _ = self.run_script("--only", "blocks,ops", "--seconds", "7")
         self.assertEqual((code, parts["blocks"]["state"], parts["ops"]["state"]), (1, "out of time", "not run"))
+        self.assertTrue(parts["blocks"]["note"].startswith("stopped after "))
         self.assertLess(time.monotonic() - start, 25)
         with open(os.path.join(self.folder, "pid")) as file:
             self.assertFalse(runs(int(file.read())))
+
+    def test_programs_that_do_not_finish_are_told_apart_from_those_that_fail(self):
+        os.remove(os.path.join(self.folder, "programs.tar.xz"))
+        with tarfile.open(os.path.join(self.folder, "programs.tar.xz"), "w:xz") as archive:
+            for name in ("bin/effnetv2", "test/a_kernels", "test/c_kernels"):
+                archive.add(os.path.join(self.folder, "source", name), name)
+        code, parts, _ = self.run_script("--only", "tests", "--seconds", "12")
+        self.assertEqual((code, parts["tests"]["state"]), (1, "out of time"))
+        self.assertEqual(parts["tests"]["note"], "1 of 2 programs well, 3 tests passed, 1 not run; "
+                                                 "not finished: c_kernels")
 
     def test_without_a_gpu_only_what_the_cpu_can_do_is_run(self):
         code, parts, summary = self.run_script("--only", "tests,sanitizer,libraries,tune,criterion,ops", gpu="")

@@ -74,7 +74,7 @@ part() {
     case $code in
     0) state=passed ;;
     77) state="not run" ;;
-    124 | 137) state="out of time" && said="stopped after $limit s; ${said:-see $name.log}" ;;
+    124 | 137) state="out of time" && said=${said:-stopped after $limit s; see $name.log} ;;
     *) state=failed && said=${said:-$(tail -n 1 "$out/$name.log")} ;;
     esac
     names+=("$name") states+=("$state") times+=($((SECONDS - start))) notes+=("$said")
@@ -132,7 +132,8 @@ tally() {
     [ ${#failed[@]} -eq 0 ] || text="$text; failed: ${failed[*]}"
     [ ${#stopped[@]} -eq 0 ] || text="$text; not finished: ${stopped[*]}"
     say "$text"
-    [ ${#failed[@]} -eq 0 ]
+    [ ${#failed[@]} -eq 0 ] || return 1
+    [ ${#stopped[@]} -eq 0 ] || return 124
 }
 
 devices() {
@@ -146,7 +147,7 @@ tests() {
     export EFFNETV2_TEST_GOLDENS=$programs/goldens EFFNETV2_TEST_PROGRAM=$program
     local one all=()
     for one in "$programs"/test/*; do all+=("$(basename "$one")||$one"); done
-    run_all $((limit - 5)) "${all[@]}"
+    run_all $((limit * 2 / 3)) "${all[@]}"
 }
 
 sanitizer() {

@@ -47,7 +47,7 @@ const LAYERS: &[(usize, usize, usize, usize)] =
 
 fn benchmarks(bench: &mut Bench) -> Result<()> {
     for &(side, stride, inputs, outputs) in LAYERS {
-        let (images, side) = bench.size((64, side), (1, side.min(9)));
+        let (images, side) = bench.size((64, side), (1, side.min(16)));
         let padding = Padding::Same;
         let conv = Conv { kind: ConvKind::Dense, kernel: 3, stride, padding, inputs, outputs };
         let x = Shape::new(images, side, side, inputs);

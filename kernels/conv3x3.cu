@@ -9,8 +9,8 @@
 //   dweight[o, kh, kw, i]  += sum over n, oh, ow of dy[n, oh, ow, o] x[n, s oh + kh - pad_top, s ow + kw - pad_left, i]
 //   dx[n, ih, iw, i]        = skip + sum over o and the kh, kw that reach ih, iw of dy[n, oh, ow, o] weight[o, kh, kw, i]
 //
-// f16, bf16 and tf32 (f32 that tensor cores multiply) run on tensor cores, f32 in plain arithmetic. Each direction is 18 * outputs * inputs operations for each
-// pixel of y. There are three mainloops, and nothing is lowered in memory by any:
+// f16, bf16 and tf32 (f32 as tensor cores multiply it) run on tensor cores, f32 in plain arithmetic. Each direction is 18 *
+// outputs * inputs operations for each pixel of y. There are three mainloops, and nothing is lowered in memory by any:
 //
 // - In f16 and bf16 fprop of stride 1 and dgrad work on spatial tiles (conv_halo.cuh): 256 pixels of an image by 64, 48
 //   (dgrad) or 32 columns, or with stride 2 128 cells of four pixels by 32 columns or 64 by 48. A tile's halo is fetched, and

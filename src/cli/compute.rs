@@ -25,7 +25,7 @@ pub(super) struct Compute {
     #[arg(long, default_value = "on", help_heading = HEADING)]
     graph: Switch,
     /// Launch convolutions as this file says, which `bench tune` wrote for this GPU: faster, and other in the last bits than
-    /// by the rules, which are the same on every GPU.
+    /// by the rules, which are the same on every GPU [default: none, the rules].
     #[arg(long, value_name = "FILE", help_heading = HEADING)]
     tuning: Option<PathBuf>,
     /// Threads; 0 for one per processor.

@@ -255,8 +255,8 @@ impl Conv3x3Shape {
     }
 
     /// What a tuning can choose from: an implicit product or, in f16 and bf16, spatial tiles, with columns of a tile; but
-    /// fprop of stride 2 is always a product. Of the gradient of the weights how many blocks there are, or in f16 and bf16 which of the layouts of strips
-    /// that promise the most, from the second best on.
+    /// fprop of stride 2 is always a product. Of the gradient of the weights how many blocks there are, or in f16 and bf16
+    /// which of the layouts of strips that promise the most, from the second best on.
     pub fn choices(&self, dtype: Dtype, launch: Launch) -> Vec<Choice> {
         let ways = |channels: usize, products: &[Tile], spatial: &[Columns]| {
             if dtype.bytes() == 4 {

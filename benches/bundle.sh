@@ -44,7 +44,7 @@ messages=$(mktemp)
 packed=$(mktemp -d)
 trap 'rm -rf "$messages" "$packed"' EXIT
 # Tests bring the program along, which they run.
-cargo test --release --no-run --features peers "${targets[@]}" --message-format=json-render-diagnostics >"$messages"
+cargo test --release --no-run "${targets[@]}" --message-format=json-render-diagnostics >"$messages"
 for kind in bin test bench; do
     mkdir "$packed/$kind"
     programs $kind "$messages" | sort -u | while IFS= read -r path; do

@@ -1,6 +1,7 @@
 //! `bench libraries`: our kernels beside cuBLASLt's and cuDNN's.
 
 use super::{Common, Site, milliseconds, spread, table};
+use crate::Result;
 use crate::bench::libraries::{LibraryResult, Settings, layers, run as measure};
 use crate::bench::machine::Machine;
 use crate::cli::output::say;
@@ -11,7 +12,6 @@ use crate::report::bars::{Bars, Group};
 use crate::report::table::Column;
 use crate::tensor::Dtype;
 use crate::train::progressive::check_side;
-use crate::Result;
 use half::{bf16, f16};
 use std::cell::Cell;
 use std::time::Duration;

@@ -34,6 +34,7 @@ void Block::prepare(const Launch& launch, uint3 index) {
         thread.index = {rank % extent.x, rank / extent.x % extent.y, rank / extent.x / extent.y};
         thread.state = State::ready;
         thread.copies.clear();
+        thread.wgmma.clear();
         thread.fiber.start(&Block::thread_main, &thread);
         if constexpr (sanitizer::thread) thread.fiber.name(describe(thread).c_str());
     }

@@ -3,6 +3,7 @@
 //
 // All take (x, y, n): x and y hold n floats, the block is one of n threads unless a test says otherwise.
 
+#include "../../../include/predecessors.cuh"
 #include "../../../include/ptx.cuh"
 #include "../../../include/types.cuh"
 
@@ -249,6 +250,21 @@ template <bool broken> __device__ void missing_fence(const float* x, float* y, i
     y[gridDim.x] = y[0] + y[1]; // bug: missing_fence
 }
 
+/// A block with nothing to do returns before it has waited for the grid ahead of its own.
+template <bool broken> __device__ void never_waits(const float* x, float* y, int) {
+    if (broken && blockIdx.x == 1) return;
+    after_predecessors();
+    y[threadIdx.x] = x[threadIdx.x];
+}
+
+/// Reads what the grid ahead of its own may be about to write.
+template <bool broken> __device__ void waits_late(const float* x, float* y, int) {
+    if (!broken) after_predecessors();
+    const float value = __ldg(x + threadIdx.x); // bug: waits_late
+    if (broken) after_predecessors();
+    y[threadIdx.x] = value;
+}
+
 } // namespace
 
 PAIR(missing_barrier)
@@ -282,3 +298,5 @@ PAIR(trap)
 PAIR(assertion)
 PAIR(race_of_blocks)
 PAIR(missing_fence)
+PAIR(never_waits)
+PAIR(waits_late)

@@ -44,6 +44,7 @@
 #include "include/gemm_epilogue.cuh"
 #include "include/gemm_operands.cuh"
 #include "include/gemm_weight.cuh"
+#include "include/predecessors.cuh"
 
 namespace {
 
@@ -377,6 +378,7 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
         const T* x, const T* weight, T* y, const float* bias, const T* skip, float* partial,                 \
         unsigned* counters, const NormFinish norm, const ConvShape shape, unsigned outputs, unsigned silu,   \
         unsigned moments, const GemmGrid grid) {                                                             \
+        after_predecessors();                                                                                \
         fprop<Tile<T>>(x, weight, ForwardOutput<T>{y, bias, skip, silu, moments}, shape, outputs, grid,      \
                        norm, partial, counters);                                                             \
     }                                                                                                        \
@@ -386,6 +388,7 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
     extern "C" __global__ void __launch_bounds__(Tile<T>::threads, 2)                                        \
         conv3x3_dgrad_##suffix(const T* g, const T* y, const float* owed, const T* weight, const T* skip,    \
                                T* dx, const GradientShape shape) {                                           \
+        after_predecessors();                                                                                \
         dgrad<Tile<T>>(g, y, owed, weight, skip, dx, shape);                                                 \
     }                                                                                                        \
     EFFNETV2_KERNEL(conv3x3_dgrad_##suffix)
@@ -394,6 +397,7 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
 #define EFFNETV2_CONV3X3_STRIPS(inputs, stride, threads, suffix, T)                                          \
     extern "C" __global__ void __launch_bounds__(threads, 1) conv3x3_wgrad_##inputs##_s##stride##_##suffix(  \
         const T* g, const T* y, const float* owed, const T* x, float* partial, const StripShape shape) {     \
+        after_predecessors();                                                                                \
         strip_wgrad<T, stride, inputs / 8>(g, y, owed, x, partial, shape);                                   \
     }                                                                                                        \
     EFFNETV2_KERNEL(conv3x3_wgrad_##inputs##_s##stride##_##suffix)
@@ -403,6 +407,7 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
         conv3x3_wgrad_##suffix(const T* g, const T* y, const float* owed, const T* x, float* dweight,        \
                                float* partial, unsigned* counters, const ConvShape shape, unsigned outputs,  \
                                const WeightGrid grid) {                                                      \
+        after_predecessors();                                                                                \
         wgrad<Weights<T>>(g, y, owed, x, dweight, shape, outputs, grid, partial, counters);                  \
     }                                                                                                        \
     EFFNETV2_KERNEL(conv3x3_wgrad_##suffix)
@@ -412,6 +417,7 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
         const T* x, const T* weight, T* y, const float* bias, const T* skip, float* partial,                 \
         unsigned* counters, const NormFinish norm, const ConvTiles tiles, unsigned inputs, unsigned outputs, \
         unsigned silu, unsigned moments, const GemmGrid grid) {                                              \
+        after_predecessors();                                                                                \
         fprop_tiles<ConvTileOf<T, columns>>(x, weight, ForwardOutput<T>{y, bias, skip, silu, moments},       \
                                             tiles, inputs, outputs, grid, norm, partial, counters);          \
     }                                                                                                        \
@@ -421,6 +427,7 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
     extern "C" __global__ void __launch_bounds__(128, blocks) conv3x3_dgrad_tiles##columns##_##suffix(       \
         const T* g, const T* y, const float* owed, const T* weight, const T* skip, T* dx,                    \
         const ConvTiles tiles, unsigned inputs, unsigned outputs, const GemmGrid grid) {                     \
+        after_predecessors();                                                                                \
         dgrad_tiles<ConvTileOf<T, columns>>(g, y, owed, weight, skip, dx, tiles, inputs, outputs, grid);     \
     }                                                                                                        \
     EFFNETV2_KERNEL(conv3x3_dgrad_tiles##columns##_##suffix)
@@ -429,6 +436,7 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
     extern "C" __global__ void __launch_bounds__(128, blocks) conv3x3_dgrad_cells##columns##_##suffix(       \
         const T* g, const T* y, const float* owed, const T* weight, const T* skip, T* dx,                    \
         const CellStride cells, unsigned inputs, unsigned outputs, const GemmGrid grid) {                    \
+        after_predecessors();                                                                                \
         dgrad_cells<GemmTile<T, rows, columns, 4, 1, 3>>(g, y, owed, weight, skip, dx, cells, inputs,        \
                                                          outputs, grid);                                     \
     }                                                                                                        \
@@ -472,6 +480,7 @@ EFFNETV2_CONV3X3_STRIPS(40, 2, 256, bf16, bf16)
 
 extern "C" __global__ void __launch_bounds__(256) conv3x3_wgrad_sum(const float* partial, float* dweight,
                                                                     const StripShape shape, unsigned fragments) {
+    after_predecessors();
     sum_strips(partial, dweight, shape, fragments);
 }
 EFFNETV2_KERNEL(conv3x3_wgrad_sum)

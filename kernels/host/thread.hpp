@@ -8,6 +8,7 @@
 #include "fiber.hpp"
 #include "source_line.hpp"
 #include "vector_types.hpp"
+#include "wgmma_queue.hpp"
 
 namespace host {
 
@@ -26,6 +27,8 @@ struct Thread {
     State state = State::done;
     /// The call it waits in.
     SourceLine at;
+    /// Whether it belongs to a programmatic dependent and has not yet waited for the grids before its own.
+    bool awaits_predecessors = false;
 
     /// While `at_barrier`: which one. Afterwards: how many threads arrived with a true predicate.
     unsigned barrier = 0;
@@ -40,6 +43,7 @@ struct Thread {
     char syncwarp_tag = 0;
 
     AsyncCopyQueue copies;
+    WgmmaQueue wgmma;
     Fiber fiber;
 
     unsigned lane() const { return rank % 32; }

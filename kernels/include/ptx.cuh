@@ -4,8 +4,10 @@
 
 #include "ptx/async_copy.cuh"
 #include "ptx/barrier.cuh"
+#include "ptx/grid_dependency.cuh"
 #include "ptx/math.cuh"
 #include "ptx/matrix.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/opaque.cuh"
+#include "ptx/wgmma.cuh"

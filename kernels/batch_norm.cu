@@ -31,6 +31,7 @@
 #include "include/activation.cuh"
 #include "include/batch_norm.cuh"
 #include "include/last_block.cuh"
+#include "include/predecessors.cuh"
 #include "include/ptx.cuh"
 #include "include/step.cuh"
 #include "include/types.cuh"
@@ -268,26 +269,31 @@ __device__ __forceinline__ void fold(const float* weights, const float* scale, T
     extern "C" __global__ void __launch_bounds__(threads)                                                    \
         batch_norm_moments_##suffix(const T* y, float* partial, unsigned* counters, const Tiling tiling,     \
                                     const NormFinish to) {                                                   \
+        after_predecessors();                                                                                \
         moments(y, partial, counters, tiling, to);                                                           \
     }                                                                                                        \
     extern "C" __global__ void __launch_bounds__(threads)                                                    \
         batch_norm_merge_##suffix(const T* y, const float* norm, const T* skip, const float* factors,        \
                                   T* out, const Tiling tiling, unsigned image_pixels, unsigned silu) {       \
+        after_predecessors();                                                                                \
         merge(y, norm, skip, factors, out, tiling, image_pixels, silu);                                      \
     }                                                                                                        \
     extern "C" __global__ void __launch_bounds__(threads) batch_norm_backward_##suffix(                      \
         const T* g, const T* y, const float* factors, float* partial, unsigned* counters,                    \
         const Tiling tiling, unsigned image_pixels, const OwedFinish to) {                                   \
+        after_predecessors();                                                                                \
         backward<false>(g, y, factors, static_cast<T*>(nullptr), partial, counters, tiling, image_pixels,    \
                         to);                                                                                 \
     }                                                                                                        \
     extern "C" __global__ void __launch_bounds__(threads) batch_norm_backward_silu_##suffix(               \
         const T* g, const T* y, const float* factors, T* dz, float* partial, unsigned* counters,             \
         const Tiling tiling, unsigned image_pixels, const OwedFinish to) {                                   \
+        after_predecessors();                                                                                \
         backward<true>(g, y, factors, dz, partial, counters, tiling, image_pixels, to);                      \
     }                                                                                                        \
     extern "C" __global__ void __launch_bounds__(threads) batch_norm_fold_##suffix(                          \
         const float* weights, const float* scale, T* folded, unsigned count, unsigned row) {                 \
+        after_predecessors();                                                                                \
         fold(weights, scale, folded, count, row);                                                            \
     }                                                                                                        \
     EFFNETV2_KERNEL(batch_norm_fold_##suffix)                                                                \
@@ -302,6 +308,7 @@ EFFNETV2_BATCH_NORM(bf16, bf16)
 
 extern "C" __global__ void __launch_bounds__(threads)
     batch_norm_owe(const float* sums, unsigned rows, unsigned channels, const OwedFinish to) {
+    after_predecessors();
     batch_norm_detail::finish_owed<threads>(sums, rows, channels, rows * channels, channels,
                                             blockIdx.x * batch_norm_detail::columns, batch_norm_detail::columns,
                                             to);
@@ -309,6 +316,7 @@ extern "C" __global__ void __launch_bounds__(threads)
 
 extern "C" __global__ void __launch_bounds__(threads)
     batch_norm_evaluate(const EvaluatePart* parts, const float* params, const float* stats, float* norms) {
+    after_predecessors();
     const EvaluatePart part = parts[blockIdx.x];
     const unsigned c = threadIdx.x;
     if (c >= part.count) return;
@@ -323,6 +331,7 @@ extern "C" __global__ void __launch_bounds__(threads)
 
 extern "C" __global__ void __launch_bounds__(threads)
     batch_norm_factors(const Step* step, const Drop* drops, float* factors, unsigned images, unsigned stride) {
+    after_predecessors();
     const Drop drop = drops[blockIdx.x];
     const unsigned n = blockIdx.y * threads + threadIdx.x;
     if (n < images)

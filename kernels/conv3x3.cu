@@ -32,8 +32,8 @@
 // conv3x3_fprop_tiles, conv3x3_dgrad_tiles, conv3x3_dgrad_cells: the same results, rows being pixels of spatial tiles or cells,
 //   k (32 channels, tap, channel). Grid runs * groups as in GemmGrid, runs of tiles. A block fetches for each tile its halo,
 //   1.3 times its pixels, and the weights of its columns.
-// conv3x3_fprop_wgmma, conv3x3_dgrad_wgmma: as _tiles, with the same bytes, by Products::of_warpgroup. On
-//   sm_90a; elsewhere a trap.
+// conv3x3_fprop_wgmma, conv3x3_dgrad_wgmma: as _tiles, with the same bytes, by Products::of_warpgroup. On sm_90a; elsewhere a
+//   trap.
 // conv3x3_wgrad_f32: rows are outputs, columns (kh, kw, i), k are pixels of y. Grid splits * tiles as in WeightGrid. Least
 //   bytes: g, y, x and twice dweight; with splits their partial tiles.
 // conv3x3_wgrad_24, _32, _40 (inputs of a warp) _s1, _s2 (the stride), f16 and bf16: grid splits * tiles as in
@@ -46,6 +46,7 @@
 #include "include/gemm_epilogue.cuh"
 #include "include/gemm_operands.cuh"
 #include "include/gemm_weight.cuh"
+#include "include/predecessors.cuh"
 
 namespace {
 
@@ -381,6 +382,7 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
         const T* x, const T* weight, T* y, const float* bias, const T* skip, float* partial,                 \
         unsigned* counters, const NormFinish norm, const ConvShape shape, unsigned outputs, unsigned silu,   \
         unsigned moments, const GemmGrid grid) {                                                             \
+        after_predecessors();                                                                                \
         fprop<Tile<T>>(x, weight, ForwardOutput<T>{y, bias, skip, silu, moments}, shape, outputs, grid,      \
                        norm, partial, counters);                                                             \
     }                                                                                                        \
@@ -390,6 +392,7 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
     extern "C" __global__ void __launch_bounds__(Tile<T>::threads, 2)                                        \
         conv3x3_dgrad_##suffix(const T* g, const T* y, const float* owed, const T* weight, const T* skip,    \
                                T* dx, const GradientShape shape) {                                           \
+        after_predecessors();                                                                                \
         dgrad<Tile<T>>(g, y, owed, weight, skip, dx, shape);                                                 \
     }                                                                                                        \
     EFFNETV2_KERNEL(conv3x3_dgrad_##suffix)
@@ -398,6 +401,7 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
 #define EFFNETV2_CONV3X3_STRIPS(inputs, stride, threads, suffix, T)                                          \
     extern "C" __global__ void __launch_bounds__(threads, 1) conv3x3_wgrad_##inputs##_s##stride##_##suffix(  \
         const T* g, const T* y, const float* owed, const T* x, float* partial, const StripShape shape) {     \
+        after_predecessors();                                                                                \
         strip_wgrad<T, stride, inputs / 8>(g, y, owed, x, partial, shape);                                   \
     }                                                                                                        \
     EFFNETV2_KERNEL(conv3x3_wgrad_##inputs##_s##stride##_##suffix)
@@ -407,6 +411,7 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
         conv3x3_wgrad_##suffix(const T* g, const T* y, const float* owed, const T* x, float* dweight,        \
                                float* partial, unsigned* counters, const ConvShape shape, unsigned outputs,  \
                                const WeightGrid grid) {                                                      \
+        after_predecessors();                                                                                \
         wgrad<Weights<T>>(g, y, owed, x, dweight, shape, outputs, grid, partial, counters);                  \
     }                                                                                                        \
     EFFNETV2_KERNEL(conv3x3_wgrad_##suffix)
@@ -417,6 +422,7 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
         const T* x, const T* weight, T* y, const float* bias, const T* skip, float* partial,                 \
         unsigned* counters, const NormFinish norm, const ConvTiles tiles, unsigned inputs, unsigned outputs, \
         unsigned silu, unsigned moments, const GemmGrid grid) {                                              \
+        after_predecessors();                                                                                \
         if constexpr (exist<products_of_##name>)                                                             \
             fprop_tiles<ConvTileOf<T, 256, columns, products_of_##name>>(                                    \
                 x, weight, ForwardOutput<T>{y, bias, skip, silu, moments}, tiles, inputs, outputs, grid,     \
@@ -430,6 +436,7 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
     extern "C" __global__ void __launch_bounds__(128, blocks) conv3x3_dgrad_##name##columns##_##suffix(      \
         const T* g, const T* y, const float* owed, const T* weight, const T* skip, T* dx,                    \
         const ConvTiles tiles, unsigned inputs, unsigned outputs, const GemmGrid grid) {                     \
+        after_predecessors();                                                                                \
         if constexpr (exist<products_of_##name>)                                                             \
             dgrad_tiles<ConvTileOf<T, 256, columns, products_of_##name>>(g, y, owed, weight, skip, dx,       \
                                                                          tiles, inputs, outputs, grid);      \
@@ -442,8 +449,9 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
     extern "C" __global__ void __launch_bounds__(128, blocks) conv3x3_dgrad_cells##columns##_##suffix(       \
         const T* g, const T* y, const float* owed, const T* weight, const T* skip, T* dx,                    \
         const CellStride cells, unsigned inputs, unsigned outputs, const GemmGrid grid) {                    \
-        dgrad_cells<ConvTileOf<T, rows, columns>>(g, y, owed, weight, skip, dx, cells, inputs,        \
-                                                         outputs, grid);                                     \
+        after_predecessors();                                                                                \
+        dgrad_cells<ConvTileOf<T, rows, columns>>(g, y, owed, weight, skip, dx, cells, inputs,               \
+                                                  outputs, grid);                                            \
     }                                                                                                        \
     EFFNETV2_KERNEL(conv3x3_dgrad_cells##columns##_##suffix)
 
@@ -490,6 +498,7 @@ EFFNETV2_CONV3X3_STRIPS(40, 2, 256, bf16, bf16)
 
 extern "C" __global__ void __launch_bounds__(256) conv3x3_wgrad_sum(const float* partial, float* dweight,
                                                                     const StripShape shape, unsigned fragments) {
+    after_predecessors();
     sum_strips(partial, dweight, shape, fragments);
 }
 EFFNETV2_KERNEL(conv3x3_wgrad_sum)

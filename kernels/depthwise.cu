@@ -34,6 +34,7 @@
 #include "include/activation.cuh"
 #include "include/batch_norm.cuh"
 #include "include/last_block.cuh"
+#include "include/predecessors.cuh"
 #include "include/types.cuh"
 
 /// The sides of both tensors, and how they are cut. Steps begin at 0 forward, at top / stride backward.
@@ -602,6 +603,7 @@ backward(const T* x, const T* g, const T* raw, const float* owed, const float* r
             const T* x, const T* g, const T* raw, const float* owed, const float* raw_norm,                  \
             const float* gate, const float* dpool, const T* weight, T* dx, float* dweight, const T* skip,    \
             OwedFinish finish, float* partial, unsigned* counters, DepthwiseGeometry shape) {                \
+        after_predecessors();                                                                                \
         backward<T, 2, kernel, stride, columns>(x, g, raw, owed, raw_norm, gate, dpool, weight, dx, dweight, \
                                                 skip, finish, partial, counters, shape);                     \
     }                                                                                                        \
@@ -612,6 +614,7 @@ backward(const T* x, const T* g, const T* raw, const float* owed, const float* r
         depthwise_fprop_##kernel##x##kernel##_s##stride##_##suffix(                                          \
             const T* x, const float* norm, const T* weight, T* y, const float* bias, unsigned silu_after,    \
             const T* skip, NormFinish finish, float* partial, unsigned* counters, DepthwiseGeometry shape) { \
+        after_predecessors();                                                                                \
         fprop<T, 4, kernel, stride, 4>(x, norm, weight, y, bias, silu_after, skip, finish, partial,          \
                                        counters, shape);                                                     \
     }                                                                                                        \

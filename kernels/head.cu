@@ -22,6 +22,7 @@
 
 #include "include/activation.cuh"
 #include "include/channel_sums.cuh"
+#include "include/predecessors.cuh"
 #include "include/ptx.cuh"
 #include "include/step.cuh"
 #include "include/types.cuh"
@@ -163,18 +164,21 @@ __device__ __forceinline__ void cross_entropy(const T* logits, const float* targ
         head_pool_##suffix(const T* y, const float* scale, const float* shift, const Step* step,             \
                            T* features, unsigned pixels, unsigned channels, unsigned threshold,              \
                            float keep) {                                                                     \
+        after_predecessors();                                                                                \
         pool(y, scale, shift, step, features, pixels, channels, threshold, keep);                            \
     }                                                                                                        \
     extern "C" __global__ void __launch_bounds__(threads) head_pool_backward_##suffix(                       \
         const T* dfeatures, const T* y, const float* scale, const float* shift, const float* mean,           \
         const float* rstd, const Step* step, T* dz, float* sums, unsigned pixels, unsigned channels,         \
         unsigned images, unsigned threshold, float keep) {                                                   \
+        after_predecessors();                                                                                \
         pool_backward(dfeatures, y, scale, shift, mean, rstd, step, dz, sums, pixels, channels, images,      \
                       threshold, keep);                                                                      \
     }                                                                                                        \
     extern "C" __global__ void __launch_bounds__(threads)                                                    \
         head_cross_entropy_##suffix(const T* logits, const float* targets, const Step* step, float* losses,  \
                                     T* dlogits, unsigned classes, unsigned images) {                         \
+        after_predecessors();                                                                                \
         cross_entropy(logits, targets, step, losses, dlogits, classes, images);                              \
     }                                                                                                        \
     EFFNETV2_KERNEL(head_pool_##suffix)                                                                      \
@@ -187,6 +191,7 @@ EFFNETV2_HEAD(bf16, bf16)
 
 extern "C" __global__ void __launch_bounds__(threads)
     head_mean_loss(const float* losses, float* mean, unsigned images) {
+    after_predecessors();
     __shared__ double shared[warps];
     double sum = 0.0;
     for (unsigned n = threadIdx.x; n < images; n += threads) sum += losses[n];

@@ -23,6 +23,7 @@
 // All sums are of 32-bit integers, and exact. Grid n * side, block 256, dynamic shared memory for a row of the widest
 // source. Least bytes: those of the sources that are read and of out; 2 operations for each tap and byte.
 
+#include "include/predecessors.cuh"
 #include "include/ptx.cuh"
 #include "include/types.cuh"
 
@@ -226,6 +227,7 @@ __device__ __forceinline__ void resize(const unsigned char* pixels, const Source
 extern "C" __global__ void __launch_bounds__(threads)
     input_resize(const unsigned char* pixels, const Source* sources, const unsigned* taps, unsigned char* out,
                  unsigned side) {
+    after_predecessors();
     resize(pixels, sources, taps, out, side);
 }
 
@@ -235,6 +237,7 @@ EFFNETV2_KERNEL(input_resize)
     extern "C" __global__ void __launch_bounds__(threads)                                                    \
         input_##suffix(const unsigned char* images, const float* table, const Mix* mix, T* y,                \
                        unsigned elements, unsigned side) {                                                   \
+        after_predecessors();                                                                                \
         forward(images, table, mix, y, elements, side);                                                      \
     }                                                                                                        \
     EFFNETV2_KERNEL(input_##suffix)

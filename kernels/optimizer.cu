@@ -25,6 +25,7 @@
 // optimizer_average: ema as above, for buffers that no rule updates (batch-norm statistics); 12 bytes for
 // each element. optimizer_cast_*: the working copy alone; 6 bytes. Grids ceil(n / 2048), block 256.
 
+#include "include/predecessors.cuh"
 #include "include/ptx.cuh"
 #include "include/types.cuh"
 
@@ -217,6 +218,7 @@ template <class T> __device__ __forceinline__ void cast(const float* from, T* to
         float* parameters, const float* gradients, float* mean_square, float* velocity, float* average,      \
         Copy* copy, const unsigned char* decay_bits, const Step* step, unsigned n, float keep, float add,    \
         float momentum, float epsilon) {                                                                     \
+        after_predecessors();                                                                                \
         update(RmsProp{keep, add, momentum, epsilon},                                                        \
                Buffers<Copy>{parameters, gradients, mean_square, velocity, average, copy, decay_bits, n},    \
                step);                                                                                        \
@@ -224,6 +226,7 @@ template <class T> __device__ __forceinline__ void cast(const float* from, T* to
     extern "C" __global__ void __launch_bounds__(threads, resident) optimizer_sgd_##suffix(                  \
         float* parameters, const float* gradients, float* velocity, float* average, Copy* copy,              \
         const unsigned char* decay_bits, const Step* step, unsigned n, float momentum, int nesterov) {       \
+        after_predecessors();                                                                                \
         update(Sgd{momentum, nesterov != 0},                                                                 \
                Buffers<Copy>{parameters, gradients, velocity, nullptr, average, copy, decay_bits, n}, step); \
     }                                                                                                        \
@@ -231,6 +234,7 @@ template <class T> __device__ __forceinline__ void cast(const float* from, T* to
         float* parameters, const float* gradients, float* first, float* second, float* average, Copy* copy,  \
         const unsigned char* decay_bits, const Step* step, unsigned n, float keep1, float add1, float keep2, \
         float add2, float epsilon) {                                                                         \
+        after_predecessors();                                                                                \
         update(AdamW{keep1, add1, keep2, add2, epsilon},                                                     \
                Buffers<Copy>{parameters, gradients, first, second, average, copy, decay_bits, n}, step);     \
     }                                                                                                        \
@@ -244,6 +248,7 @@ EFFNETV2_RULES(bf16, bf16)
 
 extern "C" __global__ void __launch_bounds__(threads)
     optimizer_norm_partial(const float* gradients, double* partial, unsigned n) {
+    after_predecessors();
     const unsigned first = blockIdx.x * norm_tile;
     double sum = 0.0;
     if (first + norm_tile <= n) {
@@ -267,6 +272,7 @@ extern "C" __global__ void __launch_bounds__(threads)
 
 extern "C" __global__ void __launch_bounds__(threads)
     optimizer_norm_finish(const double* partial, double* norm, Step* step, unsigned count) {
+    after_predecessors();
     double sum = 0.0;
     for (unsigned i = threadIdx.x; i < count; i += threads) sum += partial[i];
     sum = block_sum(sum);
@@ -282,6 +288,7 @@ extern "C" __global__ void __launch_bounds__(threads)
 
 extern "C" __global__ void __launch_bounds__(threads)
     optimizer_average(float* average, const float* values, const Step* from, unsigned n) {
+    after_predecessors();
     const Step step = *from;
     if (!is_finite(step.gradient_scale)) return;
     const unsigned first = blockIdx.x * tile;
@@ -307,11 +314,13 @@ extern "C" __global__ void __launch_bounds__(threads)
 
 extern "C" __global__ void __launch_bounds__(threads)
     optimizer_cast_f16(const float* from, f16* to, unsigned n) {
+    after_predecessors();
     cast(from, to, n);
 }
 
 extern "C" __global__ void __launch_bounds__(threads)
     optimizer_cast_bf16(const float* from, bf16* to, unsigned n) {
+    after_predecessors();
     cast(from, to, n);
 }
 

@@ -26,6 +26,7 @@
 #include "include/gemm_epilogue.cuh"
 #include "include/gemm_operands.cuh"
 #include "include/gemm_weight.cuh"
+#include "include/predecessors.cuh"
 
 namespace {
 
@@ -136,6 +137,7 @@ __device__ __forceinline__ void classifier_bias(const T* dlogits, T* padded, flo
         pointwise_fprop_##suffix(const GemmInput<T> x, const T* weight, const ForwardOutput<T> y,            \
                                  unsigned outputs, const GemmGrid grid, const NormFinish norm,               \
                                  float* partial, unsigned* counters) {                                       \
+        after_predecessors();                                                                                \
         fprop<Tile<T>>(x, weight, y, outputs, grid, norm, partial, counters);                                \
     }                                                                                                        \
     EFFNETV2_KERNEL(pointwise_fprop_##suffix)
@@ -145,6 +147,7 @@ __device__ __forceinline__ void classifier_bias(const T* dlogits, T* padded, flo
         pointwise_dgrad_##suffix(const GemmGradient<T> dy, const T* weight, const GradientTarget<T> dx,      \
                                  unsigned inputs, const GemmGrid grid, const OwedFinish owed,                \
                                  float* partial, unsigned* counters) {                                       \
+        after_predecessors();                                                                                \
         dgrad<Tile<T>>(dy, weight, dx, inputs, grid, owed, partial, counters);                               \
     }                                                                                                        \
     EFFNETV2_KERNEL(pointwise_dgrad_##suffix)
@@ -153,6 +156,7 @@ __device__ __forceinline__ void classifier_bias(const T* dlogits, T* padded, flo
     extern "C" __global__ void __launch_bounds__(threads, blocks) pointwise_dgrad_gated_##suffix(            \
         const GemmGradient<T> dy, const T* weight, const GradientTarget<T> dx, unsigned inputs,              \
         const GemmGrid grid, float* sums) {                                                                  \
+        after_predecessors();                                                                                \
         dgrad_gated<Tile<T>>(dy, weight, dx, inputs, grid.runs, grid.groups, sums);                          \
     }                                                                                                        \
     EFFNETV2_KERNEL(pointwise_dgrad_gated_##suffix)
@@ -161,6 +165,7 @@ __device__ __forceinline__ void classifier_bias(const T* dlogits, T* padded, flo
     extern "C" __global__ void __launch_bounds__(threads, blocks)                                            \
         pointwise_wgrad_##suffix(const GemmGradient<T> dy, const GemmInput<T> x, float* dweight,             \
                                  const WeightGrid grid, float* partial, unsigned* counters) {                \
+        after_predecessors();                                                                                \
         wgrad<Tile<T>>(dy, x, dweight, grid, blockIdx.x, partial, counters);                                 \
     }                                                                                                        \
     EFFNETV2_KERNEL(pointwise_wgrad_##suffix)
@@ -170,6 +175,7 @@ __device__ __forceinline__ void classifier_bias(const T* dlogits, T* padded, flo
         const GemmGradient<T> dy, const T* weight, const GradientTarget<T> dx, const GemmInput<T> x,         \
         float* dweight, const GemmGrid grid, const WeightGrid weights, const OwedFinish owed, float* sums,   \
         float* partial, unsigned* counters) {                                                                \
+        after_predecessors();                                                                                \
         backward<Tile<T>, WeightTile<T>, gated>(dy, weight, dx, x, dweight, grid, weights, owed, sums,       \
                                                 partial, counters);                                          \
     }                                                                                                        \
@@ -179,6 +185,7 @@ __device__ __forceinline__ void classifier_bias(const T* dlogits, T* padded, flo
     extern "C" __global__ void __launch_bounds__(threads)                                                    \
         pointwise_classifier_bias_##suffix(const T* dlogits, T* padded, float* dbias, unsigned images,       \
                                            unsigned classes, unsigned pitch) {                               \
+        after_predecessors();                                                                                \
         classifier_bias(dlogits, padded, dbias, images, classes, pitch);                                     \
     }                                                                                                        \
     EFFNETV2_KERNEL(pointwise_classifier_bias_##suffix)

@@ -26,6 +26,7 @@
 #include "include/gemm_epilogue.cuh"
 #include "include/gemm_operands.cuh"
 #include "include/gemm_weight.cuh"
+#include "include/predecessors.cuh"
 
 namespace {
 
@@ -372,6 +373,7 @@ __device__ __forceinline__ void one_pass(const GemmGradient<T>& dy, const T* wei
         name(const GemmGradient<T> dy, const T* weight, const GradientTarget<T> dx, const GemmInput<T> x,    \
              float* dweight, const OnePassGrid grid, const OwedFinish owed, float* sums, float* partial,     \
              unsigned* counters) {                                                                           \
+        after_predecessors();                                                                                \
         one_pass<T, fragments, gated>(dy, weight, dx, x, dweight, grid, owed, sums, partial, counters);      \
     }                                                                                                        \
     EFFNETV2_KERNEL(name)

@@ -33,6 +33,7 @@
 #include "include/batch_norm.cuh"
 #include "include/channel_sums.cuh"
 #include "include/last_block.cuh"
+#include "include/predecessors.cuh"
 #include "include/ptx.cuh"
 #include "include/types.cuh"
 
@@ -364,6 +365,7 @@ __device__ __forceinline__ void backward(const float* sums, const float* gate, c
         const T* y, const float* scale, const float* shift, const T* reduce, const float* reduce_bias,       \
         const T* expand, const float* expand_bias, float* pooled, float* hidden, float* gate,                \
         float* partial, unsigned* counters, unsigned pixels, unsigned channels, unsigned reduced) {          \
+        after_predecessors();                                                                                \
         forward(y, scale, shift, reduce, reduce_bias, expand, expand_bias, pooled, hidden, gate, partial,    \
                 counters, pixels, channels, reduced);                                                        \
     }                                                                                                        \
@@ -371,11 +373,13 @@ __device__ __forceinline__ void backward(const float* sums, const float* gate, c
         squeeze_excite_sums_##suffix(const T* dx, const T* y, const float* scale, const float* shift,        \
                                      const float* mean, const float* rstd, float* sums, unsigned pixels,     \
                                      unsigned channels, unsigned images) {                                   \
+        after_predecessors();                                                                                \
         pixel_sums(dx, y, scale, shift, mean, rstd, sums, pixels, channels, images);                         \
     }                                                                                                        \
     extern "C" __global__ void __launch_bounds__(threads) squeeze_excite_backward_hidden_##suffix(           \
         const float* sums, const float* gate, const T* weight, const float* hidden, float* dhidden,          \
         float* partial, unsigned* counters, unsigned images, unsigned channels, unsigned reduced) {          \
+        after_predecessors();                                                                                \
         backward_hidden(sums, gate, weight, hidden, dhidden, partial, counters, images, channels, reduced);  \
     }                                                                                                        \
     extern "C" __global__ void __launch_bounds__(threads) squeeze_excite_backward_##suffix(                  \
@@ -383,6 +387,7 @@ __device__ __forceinline__ void backward(const float* sums, const float* gate, c
         const float* dhidden, const T* weight, float* dpool, float* dreduce, float* dreduce_bias,            \
         float* dexpand, float* dexpand_bias, unsigned images, unsigned channels, unsigned reduced,           \
         unsigned pixels, const OwedFinish to) {                                                              \
+        after_predecessors();                                                                                \
         backward(sums, gate, pooled, hidden, dhidden, weight, dpool, images, channels, reduced, pixels,      \
                  {dreduce, dreduce_bias, dexpand, dexpand_bias}, to);                                        \
     }                                                                                                        \

@@ -25,6 +25,7 @@
 #include "include/activation.cuh"
 #include "include/batch_norm.cuh"
 #include "include/last_block.cuh"
+#include "include/predecessors.cuh"
 #include "include/ptx.cuh"
 #include "include/types.cuh"
 
@@ -404,15 +405,18 @@ __device__ __forceinline__ void dgrad(const T* g, const T* y, const float* owed,
     extern "C" __global__ void __launch_bounds__(threads) stem_fprop_##suffix(                               \
         const T* x, const unsigned char* bytes, const float* table, const T* weight, T* y, const float* bias, \
         const T* skip, float* partial, unsigned* counter, NormFinish finish, unsigned flags, StemShape shape) { \
+        after_predecessors();                                                                                   \
         fprop({x, bytes, table}, weight, y, {bias, skip, flags}, partial, counter, finish, shape);           \
     }                                                                                                        \
     extern "C" __global__ void __launch_bounds__(threads) stem_wgrad_##suffix(                               \
         const T* x, const unsigned char* bytes, const float* table, const T* g, const T* y, const float* owed, \
         float* dweight, float* partial, unsigned* counter, unsigned rows_at, StemShape shape) {              \
+        after_predecessors();                                                                                \
         wgrad({x, bytes, table}, g, y, owed, dweight, partial, counter, rows_at, shape);                     \
     }                                                                                                        \
     extern "C" __global__ void __launch_bounds__(threads, 2) stem_dgrad_##suffix(                               \
         const T* g, const T* y, const float* owed, const T* weight, const T* skip, T* dx, StemShape shape) { \
+        after_predecessors();                                                                                \
         dgrad(g, y, owed, weight, skip, dx, shape);                                                          \
     }                                                                                                        \
     EFFNETV2_KERNEL(stem_fprop_##suffix)                                                                     \

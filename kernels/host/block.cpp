@@ -33,6 +33,7 @@ void Block::prepare(const Launch& launch, uint3 index) {
         const dim3& extent = launch.block;
         thread.index = {rank % extent.x, rank / extent.x % extent.y, rank / extent.x / extent.y};
         thread.state = State::ready;
+        thread.awaits_predecessors = launch.dependent;
         thread.copies.clear();
         thread.wgmma.clear();
         thread.fiber.start(&Block::thread_main, &thread);
@@ -47,6 +48,11 @@ void Block::thread_main(void* argument) {
     Block& block = thread.block;
     sanitizer::acquire(&block.start_tag_);
     block.launch_->kernel->invoke(block.launch_->arguments);
+    if (thread.awaits_predecessors)
+        block.set_failure(failure(Code::launch_failed,
+                                  "%s: launched as a programmatic dependent, it never waited for its "
+                                  "predecessors",
+                                  block.describe(thread).c_str()));
     sanitizer::release(&block.end_tag_);
     thread.state = State::done;
     ++block.done_;

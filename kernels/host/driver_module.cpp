@@ -144,7 +144,53 @@ Status check_shape(const Function& function, dim3 grid, dim3 block, size_t share
     return success();
 }
 
-Status launch(void* handle, dim3 grid, dim3 block, size_t shared, void* stream_handle, void** values) {
+/// CUlaunchAttribute, of whose values only one is known here.
+struct LaunchAttribute {
+    unsigned id;
+    char padding[4];
+    union {
+        char bytes[64];
+        int programmatic_stream_serialization;
+        void* aligned;
+    } value;
+};
+
+constexpr unsigned attribute_ignore = 0, attribute_programmatic_stream_serialization = 6;
+
+/// CUlaunchConfig.
+struct LaunchConfiguration {
+    unsigned grid[3];
+    unsigned block[3];
+    unsigned shared;
+    void* stream;
+    const LaunchAttribute* attributes;
+    unsigned attribute_count;
+};
+
+/// Whether the attributes make the launch a programmatic dependent of the one before it.
+Status read_attributes(const LaunchConfiguration& configuration, bool* dependent) {
+    *dependent = false;
+    if (configuration.attribute_count != 0 && configuration.attributes == nullptr)
+        return failure(Code::invalid_value, "cuLaunchKernelEx: %u attributes at a null pointer",
+                       configuration.attribute_count);
+    for (unsigned i = 0; i < configuration.attribute_count; ++i) {
+        const LaunchAttribute& attribute = configuration.attributes[i];
+        if (attribute.id == attribute_ignore) continue;
+        if (attribute.id != attribute_programmatic_stream_serialization)
+            return failure(Code::not_supported,
+                           "cuLaunchKernelEx: the host device does not know the launch attribute %u",
+                           attribute.id);
+        const int value = attribute.value.programmatic_stream_serialization;
+        if (value != 0 && value != 1)
+            return failure(Code::invalid_value,
+                           "cuLaunchKernelEx: programmatic stream serialization is 0 or 1, not %d", value);
+        *dependent = value == 1;
+    }
+    return success();
+}
+
+Status launch(void* handle, dim3 grid, dim3 block, size_t shared, void* stream_handle, void** values,
+              bool dependent) {
     Function* function = nullptr;
     Stream* stream = nullptr;
     Status status = functions().find(handle, &function);
@@ -160,7 +206,7 @@ Status launch(void* handle, dim3 grid, dim3 block, size_t shared, void* stream_h
         {kernel.name, [=, &kernel] {
              Status checked = check_pointers(kernel, arguments->pointers());
              if (!checked.ok()) return checked;
-             return run(Launch{&kernel, arguments->pointers(), grid, block, shared, settings().seed});
+             return run(Launch{&kernel, arguments->pointers(), grid, block, shared, settings().seed, dependent});
          }});
 }
 
@@ -309,8 +355,26 @@ HOST_API int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, un
     if (extra != nullptr)
         return report(
             failure(Code::not_supported, "cuLaunchKernel: pass arguments as kernelParams, not as extra"));
-    return report(
-        launch(function, {grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, shared, stream, arguments));
+    return report(launch(function, {grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, shared, stream,
+                         arguments, false));
+}
+
+HOST_API int cuLaunchKernelEx(const LaunchConfiguration* configuration, void* function, void** arguments,
+                              void** extra) {
+    ApiLock lock;
+    if (configuration == nullptr)
+        return report(failure(Code::invalid_value, "cuLaunchKernelEx: a null pointer for the configuration"));
+    if (extra != nullptr)
+        return report(
+            failure(Code::not_supported, "cuLaunchKernelEx: pass arguments as kernelParams, not as extra"));
+    const auto& [grid_x, grid_y, grid_z] = configuration->grid;
+    const auto& [block_x, block_y, block_z] = configuration->block;
+    bool dependent = false;
+    Status status = read_attributes(*configuration, &dependent);
+    if (status.ok())
+        status = launch(function, {grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, configuration->shared,
+                        configuration->stream, arguments, dependent);
+    return report(status);
 }
 
 HOST_API int cuLaunchCooperativeKernel(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,

@@ -24,6 +24,8 @@ struct Launch {
     dim3 block;
     size_t dynamic_shared;
     uint64_t seed;
+    /// Whether it may begin before the grid ahead of it has ended, so that its threads have to wait for that.
+    bool dependent;
 };
 
 /// Runs every block of the launch to its end, or to the first error.

@@ -1,5 +1,7 @@
 #include "memory_access.hpp"
 
+#include "memory.hpp"
+
 namespace host {
 
 void note_write(const void* address, size_t bytes) {
@@ -21,6 +23,13 @@ void fail_owed(const void* address, size_t bytes, SourceLine at) {
          "its group is "
          "missing",
          debtor.index.x, debtor.index.y, debtor.index.z, copy ? copy->at.file : "", copy ? copy->at.line : 0);
+}
+
+void check_early(const void* address, SourceLine at) {
+    if (device_memory().check_argument(address).ok())
+        fail(Code::launch_failed, at,
+             "launched as a programmatic dependent, it touches device memory before it has waited for its "
+             "predecessors");
 }
 
 void fail_not_shared(const char* instruction, const void* address, size_t bytes, SourceLine at) {

@@ -1,4 +1,5 @@
-// Accesses that are checked: aligned, and not to shared memory that a `cp.async` has yet to fill.
+// Accesses that are checked: aligned, not to shared memory that a `cp.async` has yet to fill, and not to device
+// memory that a grid before may still be using.
 //
 // Plain C++ loads and stores cannot be checked here; the sanitizers do it.
 #pragma once
@@ -14,6 +15,8 @@ namespace host {
 
 [[noreturn]] void fail_misaligned(const void* address, size_t alignment, SourceLine at);
 [[noreturn]] void fail_owed(const void* address, size_t bytes, SourceLine at);
+/// For a thread that has not waited for the grids before its own.
+void check_early(const void* address, SourceLine at);
 [[noreturn]] void fail_not_shared(const char* instruction, const void* address, size_t bytes, SourceLine at);
 
 /// The calling thread has written these bytes: if they are dynamic shared memory, that is kept in mind (wgmma.hpp).
@@ -22,6 +25,7 @@ void note_write(const void* address, size_t bytes);
 inline void check_access(const void* address, size_t bytes, size_t alignment, SourceLine at) {
     if (reinterpret_cast<uintptr_t>(address) % alignment != 0) fail_misaligned(address, alignment, at);
     if (this_thread().block.shared().debtor(address, bytes) >= 0) fail_owed(address, bytes, at);
+    if (this_thread().awaits_predecessors) check_early(address, at);
 }
 
 inline void check_shared(const char* instruction, const void* address, size_t bytes, SourceLine at) {

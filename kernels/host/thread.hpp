@@ -27,6 +27,8 @@ struct Thread {
     State state = State::done;
     /// The call it waits in.
     SourceLine at;
+    /// Whether it belongs to a programmatic dependent and has not yet waited for the grids before its own.
+    bool awaits_predecessors = false;
 
     /// While `at_barrier`: which one. Afterwards: how many threads arrived with a true predicate.
     unsigned barrier = 0;

@@ -4,6 +4,7 @@
 
 #include "ptx/async_copy.cuh"
 #include "ptx/barrier.cuh"
+#include "ptx/grid_dependency.cuh"
 #include "ptx/math.cuh"
 #include "ptx/matrix.cuh"
 #include "ptx/memory.cuh"

@@ -5,6 +5,25 @@
 
 using CUdeviceptr = unsigned long long;
 
+struct CUlaunchAttribute {
+    unsigned id;
+    char pad[4];
+    union {
+        char pad[64];
+        int programmaticStreamSerializationAllowed;
+        void* of_pointers;
+    } value;
+};
+
+struct CUlaunchConfig {
+    unsigned gridDimX, gridDimY, gridDimZ;
+    unsigned blockDimX, blockDimY, blockDimZ;
+    unsigned sharedMemBytes;
+    void* hStream;
+    CUlaunchAttribute* attrs;
+    unsigned numAttrs;
+};
+
 extern "C" {
 int cuInit(unsigned flags);
 int cuDeviceGet(int* device, int ordinal);
@@ -63,6 +82,7 @@ int cuFuncGetParamInfo(void* function, size_t index, size_t* offset, size_t* siz
 int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                    unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** arguments,
                    void** extra);
+int cuLaunchKernelEx(const CUlaunchConfig* config, void* function, void** arguments, void** extra);
 int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* function, int block_threads,
                                                 size_t shared);
 }

@@ -10,9 +10,9 @@ using namespace harness;
 namespace {
 
 constexpr int invalid_value = 1, out_of_memory = 2, invalid_image = 200, invalid_handle = 400,
-              illegal_state = 401, not_found = 500, illegal_address = 700, capture_unsupported = 900,
-              capture_invalidated = 901, capture_unjoined = 904, capture_isolation = 905,
-              captured_event = 907;
+              illegal_state = 401, not_found = 500, illegal_address = 700, launch_failed = 719,
+              not_supported = 801, capture_unsupported = 900, capture_invalidated = 901,
+              capture_unjoined = 904, capture_isolation = 905, captured_event = 907;
 
 class Stream {
   public:
@@ -354,4 +354,71 @@ TEST(graphs_what_a_capture_forbids) {
     FAILS(cuStreamWaitEvent(stream.handle, outside.handle, 0), capture_isolation, "outside of the capture");
     FAILS(cuStreamEndCapture(stream.handle, &graph), capture_invalidated, "outside of the capture");
     FAILS(cuStreamEndCapture(stream.handle, &graph), illegal_state, "not being captured");
+}
+
+TEST(dependents_must_wait) {
+    Context context;
+    Stream stream;
+    Buffer<float> x(iota<float>(64)), y(64);
+    const auto launch = [&](const char* kernel, CUlaunchAttribute attribute) {
+        return Kernel(kernel).launch_with(attribute, stream.handle, 2, 64, 0, x.pointer, y.pointer, 64);
+    };
+    for (const char* right : {"right_never_waits", "right_waits_late"}) {
+        OK(cuMemsetD8Async(y.pointer, 0, 256, stream.handle));
+        OK(launch(right, programmatic()));
+        CHECK(y.read() == x.read());
+    }
+    const std::string thread = "block (1,0,0), thread (";
+    FAILS(launch("broken_never_waits", programmatic()), launch_failed, "kernel `broken_never_waits`, " + thread,
+          "launched as a programmatic dependent, it never waited for its predecessors");
+    FAILS(launch("broken_waits_late", programmatic()), launch_failed, "kernel `broken_waits_late`, block (",
+          "broken.cu:", "touches device memory before it has waited for its predecessors");
+    // A kernel that knows nothing of it.
+    FAILS(launch("right_near_write", programmatic()), launch_failed, "never waited");
+    // Launched as usual, nobody has to wait.
+    for (const char* broken : {"broken_never_waits", "broken_waits_late", "right_near_write"})
+        OK(launch(broken, programmatic(0)));
+}
+
+TEST(dependents_in_graphs) {
+    Context context;
+    Stream stream;
+    Buffer<float> x(iota<float>(64)), y(64), z(64);
+    Kernel right("right_waits_late"), broken("broken_waits_late");
+    for (Kernel* second : {&right, &broken}) {
+        void* graph = nullptr;
+        void* executable = nullptr;
+        OK(cuStreamBeginCapture_v2(stream.handle, 1));
+        OK(right.launch_with(programmatic(), stream.handle, 1, 64, 0, x.pointer, y.pointer, 64));
+        OK(second->launch_with(programmatic(), stream.handle, 1, 64, 0, y.pointer, z.pointer, 64));
+        OK(cuStreamEndCapture(stream.handle, &graph));
+        OK(cuGraphInstantiateWithFlags(&executable, graph, 0));
+        if (second == &right) {
+            OK(cuGraphLaunch(executable, stream.handle));
+            CHECK(z.read() == x.read());
+        } else {
+            FAILS(cuGraphLaunch(executable, stream.handle), launch_failed, "before it has waited");
+        }
+        OK(cuGraphExecDestroy(executable));
+        OK(cuGraphDestroy(graph));
+    }
+}
+
+TEST(launch_attributes_are_checked) {
+    Context context;
+    Kernel kernel("right_waits_late");
+    Buffer<float> x(iota<float>(64)), y(64);
+    const auto launch = [&](CUlaunchAttribute attribute) {
+        return kernel.launch_with(attribute, nullptr, 1, 64, 0, x.pointer, y.pointer, 64);
+    };
+    OK(launch({}));
+    FAILS(launch(programmatic(2)), invalid_value, "0 or 1, not 2");
+    FAILS(launch({4, {}, {}}), not_supported, "launch attribute 4");
+    CUlaunchConfig config{1, 1, 1, 64, 1, 1, 0, nullptr, nullptr, 1};
+    FAILS(cuLaunchKernelEx(&config, kernel.function, nullptr, nullptr), invalid_value, "1 attributes");
+    config.numAttrs = 0;
+    FAILS(cuLaunchKernelEx(&config, kernel.function, nullptr, nullptr), invalid_value, "no arguments given");
+    FAILS(cuLaunchKernelEx(nullptr, kernel.function, nullptr, nullptr), invalid_value, "null pointer");
+    void* extra = nullptr;
+    FAILS(cuLaunchKernelEx(&config, kernel.function, nullptr, &extra), not_supported, "not as extra");
 }

@@ -131,6 +131,13 @@ template <class T> class Buffer {
 /// A fat binary's first bytes: all that the host device looks at.
 inline constexpr uint32_t fatbin[4] = {0xba55ed50};
 
+/// The attribute of a launch that may begin before the one ahead of it has ended.
+inline CUlaunchAttribute programmatic(int allowed = 1) {
+    CUlaunchAttribute attribute{6, {}, {}};
+    attribute.value.programmaticStreamSerializationAllowed = allowed;
+    return attribute;
+}
+
 /// A kernel by name.
 class Kernel {
   public:
@@ -148,6 +155,16 @@ class Kernel {
         void* pointers[] = {&arguments..., nullptr};
         return cuLaunchKernel(function, grid.x, grid.y, grid.z, block.x, block.y, block.z, shared, stream,
                               pointers, nullptr);
+    }
+
+    /// The same with one attribute.
+    template <class... Arguments>
+    int launch_with(CUlaunchAttribute attribute, void* stream, dim3 grid, dim3 block, unsigned shared,
+                    Arguments... arguments) const {
+        void* pointers[] = {&arguments..., nullptr};
+        const CUlaunchConfig config{grid.x,  grid.y, grid.z, block.x,    block.y,
+                                    block.z, shared, stream, &attribute, 1};
+        return cuLaunchKernelEx(&config, function, pointers, nullptr);
     }
 
     template <class... Arguments>

@@ -3,6 +3,7 @@
 //
 // All take (x, y, n): x and y hold n floats, the block is one of n threads unless a test says otherwise.
 
+#include "../../../include/predecessors.cuh"
 #include "../../../include/ptx.cuh"
 #include "../../../include/types.cuh"
 
@@ -440,6 +441,19 @@ template <bool broken> __device__ void wgmma_written_accumulators(const float*, 
     p.acc[1][2] = 0;
     wgmma_wait_group<0>();
     y[threadIdx.x] = p.acc[0][0];
+/// A block with nothing to do returns before it has waited for the grid ahead of its own.
+template <bool broken> __device__ void never_waits(const float* x, float* y, int) {
+    if (broken && blockIdx.x == 1) return;
+    after_predecessors();
+    y[threadIdx.x] = x[threadIdx.x];
+}
+
+/// Reads what the grid ahead of its own may be about to write.
+template <bool broken> __device__ void waits_late(const float* x, float* y, int) {
+    if (!broken) after_predecessors();
+    const float value = __ldg(x + threadIdx.x); // bug: waits_late
+    if (broken) after_predecessors();
+    y[threadIdx.x] = value;
 }
 
 } // namespace
@@ -489,3 +503,5 @@ PAIR(wgmma_misaligned_atom)
 PAIR(wgmma_misaligned_memory)
 PAIR(wgmma_overwritten)
 PAIR(wgmma_written_accumulators)
+PAIR(never_waits)
+PAIR(waits_late)

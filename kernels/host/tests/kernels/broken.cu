@@ -441,6 +441,8 @@ template <bool broken> __device__ void wgmma_written_accumulators(const float*, 
     p.acc[1][2] = 0;
     wgmma_wait_group<0>();
     y[threadIdx.x] = p.acc[0][0];
+}
+
 /// A block with nothing to do returns before it has waited for the grid ahead of its own.
 template <bool broken> __device__ void never_waits(const float* x, float* y, int) {
     if (broken && blockIdx.x == 1) return;

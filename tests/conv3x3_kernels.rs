@@ -389,6 +389,12 @@ fn integers_are_exact_by_wgmma() {
             _ => exact_in::<bf16>(&device, Dtype::Bf16, conv, images, wgmma(turn), epilogue, skips),
         }
     }
+    // Two tiles of a block.
+    let (conv, images, choices) = (dense(1, Padding::Same, 8, 8), (600, 3, 3), wgmma(5));
+    let shape =
+        Conv3x3Shape::new(&conv, Shape::new(600, 3, 3, 8)).unwrap().with(Dtype::Bf16, choices).unwrap();
+    assert_eq!(shape.fprop_work(Dtype::Bf16, OutputKind::Moments).grid[0], 300);
+    exact_in::<bf16>(&device, Dtype::Bf16, conv, images, choices, Epilogue::Moments, true);
 }
 
 /// More row tiles than runs, so that a block has several and walks over the ends of images; and so many pixels that the

@@ -32,10 +32,11 @@
 //
 //     Products::of_warps       Each warp its own rows, by weights that it has loaded, too (mma.sync).
 //     Products::of_warpgroup   The four warps together 64 rows, 16 of each, that they have loaded, by weights that the tensor
-//                              cores read in shared memory themselves (wgmma), once for all four: of a step of 64 columns 16 KB
-//                              by ldmatrix and 16 KB for wgmma instead of 32 KB by ldmatrix. It goes on while the pixels of
-//                              the next products are loaded and the next piece of halo is made, over the barrier into the
-//                              next step; which is why weights have one stage more. Only where there is wgmma.
+//                              cores read in shared memory themselves (wgmma), once for all four: as many bytes as ldmatrix
+//                              brings, whose 64 rows of a warp use them as often, but by 8 instructions of a step for 64 and
+//                              half the ldmatrix. They go on while the pixels of the next are loaded and the next piece of
+//                              halo is made, over the barrier into the next step: hence one stage of weights more. Only
+//                              where there is wgmma.
 //
 // Bank conflicts: none in the loop. For the halo see conv_tile.cuh. Weights are swizzled like it by XOR with their row, where
 // rows have 64 bytes (bn columns of 32 channels; or 32 channels of 32 columns) or 128 (32 channels of 48 or 64 columns). Those
@@ -53,11 +54,7 @@ enum class Direction { forward, backward };
 enum class Products { of_warps, of_warpgroup };
 
 /// Whether there are such where this is compiled for.
-#if defined(__CUDACC__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
-template <Products products> constexpr bool exist = products == Products::of_warps;
-#else
-template <Products products> constexpr bool exist = true;
-#endif
+template <Products products> constexpr bool exist = products == Products::of_warps || has_wgmma;
 
 template <class T, unsigned rows, unsigned columns, Products multiplied = Products::of_warps>
 struct ConvTileOf : GemmTile<T, rows, columns, 4, 1, multiplied == Products::of_warps ? 3 : 4> {

@@ -4,7 +4,7 @@ use super::driver_error::Doing;
 use super::module::{Family, Module};
 use super::monitor::{Launched, Monitor};
 use super::probe::{self, Gpu};
-use super::{Element, HostControl, transfer};
+use super::{Element, HostControl, Image, embedded_images, transfer};
 use crate::{Error, Result};
 use cudarc::driver::sys::{CUevent_flags, CUmemPool_attribute};
 use cudarc::driver::{
@@ -91,6 +91,12 @@ impl Device {
     /// Whether it is the host device.
     pub fn is_host(&self) -> bool {
         self.0.is_host
+    }
+
+    /// Whether it runs kernels with wgmma, which are traps elsewhere: Hopper, with an image for it alone, and the host device.
+    pub fn has_wgmma(&self) -> bool {
+        let best = Image::best(&embedded_images(), self.0.gpu.capability);
+        self.is_host() || best.is_some_and(|image| image.exact && image.capability == (9, 0))
     }
 
     /// Whether every launch is waited for, so that an error names the kernel it arose in.

@@ -777,10 +777,9 @@ fn warpgroups_are_exact() {
 #[test]
 fn warpgroups_are_the_reference_s_bit_for_bit_again() {
     let Some(device) = device() else { return };
-    for (shape, outputs, columns, variant) in [
-        (Shape::new(3, 9, 13, 72), 136, 128, VARIANTS[2]),
-        (Shape::new(2, 10, 11, 136), 40, 64, VARIANTS[1]),
-    ] {
+    for (shape, outputs, columns, variant) in
+        [(Shape::new(3, 9, 13, 72), 136, 128, VARIANTS[2]), (Shape::new(2, 10, 11, 136), 40, 64, VARIANTS[1])]
+    {
         let data = Data::<bf16> { choices: wgmma(columns), ..Data::random(shape, outputs, 5) };
         let run = |seed| {
             if let Some(control) = device.host_control() {
@@ -814,7 +813,8 @@ fn warpgroups_are_taken_where_they_are_chosen() {
     for work in [work.fprop(InputKind::Plain, plain), work.backward(InputKind::Silu, silu)] {
         assert!(work.shared + 3 * 1024 <= 114 * 1024, "{} needs {} bytes", work.kernel, work.shared);
     }
-    for (outputs, dtype, columns) in [(960, Dtype::F32, 64), (960, Dtype::Tf32, 128), (64, Dtype::Bf16, 128)] {
+    for (outputs, dtype, columns) in [(960, Dtype::F32, 64), (960, Dtype::Tf32, 128), (64, Dtype::Bf16, 128)]
+    {
         let work = PointwiseWork::new(x, outputs, dtype).unwrap();
         let choices = Choices::only(Launch::Fprop, wgmma(columns).fprop);
         assert!(matches!(work.with(choices), Err(Error::Shape { .. })), "{outputs} {dtype}");

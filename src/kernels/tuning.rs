@@ -55,13 +55,16 @@ pub enum Way {
     OnePass,
     /// One gradient after the other.
     TwoPasses,
+    /// Each by blocks of its own, which are at the same pixels at about the same time.
+    Interleaved,
 }
 
-const WAYS: [(Way, &str); 4] = [
+const WAYS: [(Way, &str); 5] = [
     (Way::Product, "product"),
     (Way::Spatial, "spatial"),
     (Way::OnePass, "one-pass"),
     (Way::TwoPasses, "two-passes"),
+    (Way::Interleaved, "interleaved"),
 ];
 
 /// How a launch is made. What it leaves open, and that is all by default, follows from the rule.

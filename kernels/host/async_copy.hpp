@@ -38,6 +38,7 @@ inline void async_wait(unsigned pending) {
         thread.block.shared().settle(copy.destination, copy.bytes);
         auto* destination = static_cast<volatile unsigned char*>(copy.destination);
         for (unsigned i = 0; i < copy.bytes; ++i) destination[i] = copy.data[i];
+        note_write(copy.destination, copy.bytes);
     });
 }
 

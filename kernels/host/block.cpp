@@ -35,6 +35,7 @@ void Block::prepare(const Launch& launch, uint3 index) {
         thread.state = State::ready;
         thread.awaits_predecessors = launch.dependent;
         thread.copies.clear();
+        thread.wgmma.clear();
         thread.fiber.start(&Block::thread_main, &thread);
         if constexpr (sanitizer::thread) thread.fiber.name(describe(thread).c_str());
     }

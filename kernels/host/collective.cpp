@@ -15,6 +15,11 @@ uint32_t existing_lanes(const Block& block, unsigned first) {
     return lanes >= warp_size ? ~0u : (1u << lanes) - 1u;
 }
 
+/// The first thread of those that meet with this one.
+unsigned first_of(const Thread& thread, const Collective& collective) {
+    return thread.rank / collective.lanes() * collective.lanes();
+}
+
 bool same_call(const Thread& a, const Thread& b) {
     return b.state == State::at_rendezvous && a.collective == b.collective && a.mask == b.mask &&
            (a.collective->is_syncwarp || a.at == b.at);
@@ -22,14 +27,19 @@ bool same_call(const Thread& a, const Thread& b) {
 
 /// Whether everybody whom `thread` waits for has come. Fails the block if somebody no longer can.
 bool complete(Block& block, const Thread& thread, uint32_t lanes) {
-    const unsigned first = thread.rank - thread.lane();
-    for (unsigned lane = 0; lane < warp_size; ++lane) {
-        if (!(lanes >> lane & 1u)) continue;
+    const Collective& collective = *thread.collective;
+    const unsigned first = first_of(thread, collective);
+    for (unsigned lane = 0; lane < collective.lanes(); ++lane) {
+        if (!(lanes >> lane % warp_size & 1u)) continue;
         const Thread& other = block.thread(first + lane);
         if (other.state == State::done) {
+            const std::string whom =
+                collective.warps == 1
+                    ? text("names lane %u in its mask 0x%08x, but that lane", lane, thread.mask)
+                    : text("waits for all %u threads of its warpgroup, but thread %u of the block",
+                           collective.lanes(), first + lane);
             block.set_failure(thread, Code::launch_failed, thread.at,
-                              text("%s names lane %u in its mask 0x%08x, but that lane has already returned",
-                                   thread.collective->name, lane, thread.mask));
+                              text("%s %s has already returned", collective.name, whom.c_str()));
             return false;
         }
         if (!same_call(thread, other)) return false;
@@ -37,9 +47,9 @@ bool complete(Block& block, const Thread& thread, uint32_t lanes) {
     return true;
 }
 
-void release_lanes(Block& block, unsigned first, uint32_t lanes) {
-    for (unsigned lane = 0; lane < warp_size; ++lane)
-        if (lanes >> lane & 1u) block.thread(first + lane).state = State::ready;
+void release_lanes(Block& block, const Collective& collective, unsigned first, uint32_t lanes) {
+    for (unsigned lane = 0; lane < collective.lanes(); ++lane)
+        if (lanes >> lane % warp_size & 1u) block.thread(first + lane).state = State::ready;
 }
 
 /// Makes what each lane did before the `__syncwarp` visible to all after it. The lanes that met run once each
@@ -62,9 +72,11 @@ bool resolve_collectives(Block& block, unsigned warp) {
         if (thread.state != State::at_rendezvous) continue;
         const uint32_t lanes = thread.mask & existing;
         if (!complete(block, thread, lanes)) continue;
-        thread.collective->exchange(Lanes(block, first, lanes));
+        const Collective& collective = *thread.collective;
+        const unsigned party = first_of(thread, collective);
+        collective.exchange(Lanes(block, party, lanes));
         if (block.failed()) return false;
-        release_lanes(block, first, lanes);
+        release_lanes(block, collective, party, lanes);
         progress = true;
     }
     return progress;
@@ -81,6 +93,10 @@ void meet(const Collective& collective, uint32_t mask, void* operands, SourceLin
         fail(Code::launch_failed, at,
              "%s needs all 32 lanes; the last warp of this block of %u threads is partial", collective.name,
              block.size());
+    if (first_of(thread, collective) + collective.lanes() > block.size())
+        fail(Code::launch_failed, at,
+             "%s needs all %u warps of a warpgroup; the last one of this block of %u threads is partial",
+             collective.name, collective.warps, block.size());
     thread.collective = &collective;
     thread.mask = mask;
     thread.operands = operands;

@@ -1,4 +1,5 @@
-// Warp collectives: every lane named in a mask meets at the same call, then values are exchanged.
+// Warp collectives: every lane named in a mask meets at the same call, then values are exchanged. In those of a warpgroup
+// all lanes of four warps meet.
 #pragma once
 
 #include <cstdint>
@@ -10,12 +11,13 @@ namespace host {
 class Block;
 struct Thread;
 
-/// The lanes that met: their operands, and where an error of the exchange is reported.
+/// The lanes that met: their operands, and where an error of the exchange is reported. Lanes of several warps are
+/// numbered on from one warp to the next.
 class Lanes {
   public:
     Lanes(Block& block, unsigned first, uint32_t mask) : block_(block), first_(first), mask_(mask) {}
 
-    /// The lanes that take part: named in the mask and existing.
+    /// The lanes of each warp that take part: named in the mask and existing.
     uint32_t mask() const { return mask_; }
     bool has(unsigned lane) const { return lane < 32 && (mask_ >> lane & 1u); }
 
@@ -42,9 +44,14 @@ struct Collective {
     bool whole_warp = false;
     /// Only `__syncwarp` orders memory accesses, and only it may be met from different lines.
     bool is_syncwarp = false;
+    /// So many consecutive warps meet, the first a multiple of them; more than one only if they are whole.
+    unsigned warps = 1;
+
+    unsigned lanes() const { return 32 * warps; }
 };
 
-/// Called on a lane's fiber: waits for the lanes in `mask`, then returns with the operands exchanged.
+/// Called on a lane's fiber: waits for the lanes in `mask`, in each of the collective's warps, then returns with the
+/// operands exchanged.
 void meet(const Collective& collective, uint32_t mask, void* operands, SourceLine at);
 
 } // namespace host

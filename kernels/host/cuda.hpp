@@ -20,6 +20,7 @@
 #include "tensor_core.hpp"
 #include "thread.hpp"
 #include "vector_types.hpp"
+#include "wgmma.hpp"
 
 #define __global__
 #define __device__

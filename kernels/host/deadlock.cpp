@@ -17,6 +17,8 @@ bool same_wait(const Thread& a, const Thread& b) {
 std::string describe_wait(Block& block, const Thread& thread) {
     if (thread.state == State::done) return "have returned";
     const std::string line = text("%s:%d", thread.at.file, thread.at.line);
+    if (thread.state == State::at_rendezvous && thread.collective->warps > 1)
+        return text("wait in %s for their warpgroup at %s", thread.collective->name, line.c_str());
     if (thread.state == State::at_rendezvous)
         return text("wait in %s, mask 0x%08x, at %s", thread.collective->name, thread.mask, line.c_str());
     const Barrier& barrier = block.barrier(thread.barrier);

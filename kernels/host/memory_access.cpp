@@ -4,6 +4,11 @@
 
 namespace host {
 
+void note_write(const void* address, size_t bytes) {
+    const Thread& thread = this_thread();
+    thread.block.shared().mark(address, bytes, thread.wgmma.mark_of(thread.rank));
+}
+
 void fail_misaligned(const void* address, size_t alignment, SourceLine at) {
     fail(Code::misaligned_address, at, "%p is not aligned to the %zu bytes of this access", address,
          alignment);

@@ -19,6 +19,9 @@ namespace host {
 void check_early(const void* address, SourceLine at);
 [[noreturn]] void fail_not_shared(const char* instruction, const void* address, size_t bytes, SourceLine at);
 
+/// The calling thread has written these bytes: if they are dynamic shared memory, that is kept in mind (wgmma.hpp).
+void note_write(const void* address, size_t bytes);
+
 inline void check_access(const void* address, size_t bytes, size_t alignment, SourceLine at) {
     if (reinterpret_cast<uintptr_t>(address) % alignment != 0) fail_misaligned(address, alignment, at);
     if (this_thread().block.shared().debtor(address, bytes) >= 0) fail_owed(address, bytes, at);
@@ -38,6 +41,7 @@ template <class T> T load(const T* address, SourceLine at) {
 template <class T> void store(T* address, const T& value, SourceLine at) {
     check_access(address, sizeof(T), alignof(T), at);
     *address = value;
+    note_write(address, sizeof(T));
 }
 
 } // namespace host

@@ -63,6 +63,7 @@ SharedMemory::SharedMemory() {
     static_.bytes = block.bytes;
     static_.debts.assign((block.bytes + 3) / 4 + 1, 0);
     dynamic_.debts.assign(max_shared_bytes / 4 + 1, 0);
+    marks_.assign(max_shared_bytes / 16 + 1, 0);
     if (sanitized) return;
     void* mapping = mmap(nullptr, mapping_bytes + guard_bytes, PROT_READ | PROT_WRITE,
                          MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -80,6 +81,8 @@ SharedMemory::~SharedMemory() {
 
 void SharedMemory::renew(size_t dynamic_bytes) {
     forget_debts();
+    std::fill_n(marks_.begin(), dynamic_.bytes / 16 + 1, 0u);
+    alignment_ = 0;
     dynamic_.bytes = dynamic_bytes;
     if (sanitized) {
         // A new allocation of exactly this size, so that AddressSanitizer knows where it ends.
@@ -99,6 +102,20 @@ void SharedMemory::renew(size_t dynamic_bytes) {
 bool SharedMemory::Window::contains(const void* address, size_t size) const {
     const auto* at = static_cast<const unsigned char*>(address);
     return at >= begin && at + size <= begin + bytes;
+}
+
+unsigned char* SharedMemory::dynamic(unsigned alignment) {
+    alignment_ = std::max(alignment_, alignment);
+    return dynamic_.begin;
+}
+
+void SharedMemory::mark(const void* address, size_t bytes, uint32_t value) {
+    if (!dynamic_.contains(address, bytes)) return;
+    for (size_t i = offset(address) / 16; i <= (offset(address) + bytes - 1) / 16; ++i) marks_[i] = value;
+}
+
+uint32_t SharedMemory::mark_of(const void* address) const {
+    return dynamic_.contains(address, 16) ? marks_[offset(address) / 16] : 0;
 }
 
 bool SharedMemory::contains(const void* address, size_t bytes) const {

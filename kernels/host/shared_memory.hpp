@@ -2,7 +2,8 @@
 //
 // `__shared__` is `static thread_local`, so the static part is this library's thread-local storage. Both are
 // filled with 0xff (a NaN in every float type) before each block. While a `cp.async` is under way the bytes
-// it will write are owed: whoever reads them through the checked accesses is told so.
+// it will write are owed: whoever reads them through the checked accesses is told so. Marks say who has written
+// last, for what reads past the order of ordinary accesses (wgmma.hpp).
 #pragma once
 
 #include <cstddef>
@@ -21,7 +22,20 @@ class SharedMemory {
     /// Fresh poisoned memory for the next block.
     void renew(size_t dynamic_bytes);
 
-    unsigned char* dynamic() const { return dynamic_.begin; }
+    /// The start of the dynamic part, by a kernel that takes it to be aligned to so many bytes.
+    unsigned char* dynamic(unsigned alignment);
+    /// The most that a kernel has asked for.
+    unsigned promised_alignment() const { return alignment_; }
+
+    /// A place in the dynamic part, and back.
+    size_t offset(const void* address) const {
+        return size_t(static_cast<const unsigned char*>(address) - dynamic_.begin);
+    }
+    unsigned char* at(size_t offset) const { return dynamic_.begin + offset; }
+
+    /// Leaves a mark on every 16 bytes of the dynamic part that these bytes touch, if any; 0 is none.
+    void mark(const void* address, size_t bytes, uint32_t value);
+    uint32_t mark_of(const void* address) const;
 
     bool contains(const void* address, size_t bytes) const;
 
@@ -53,6 +67,8 @@ class SharedMemory {
     Window dynamic_;
     Window static_;
     size_t owed_ = 0;
+    unsigned alignment_ = 0;
+    std::vector<uint32_t> marks_;
     unsigned char* mapping_ = nullptr;
 };
 

@@ -52,6 +52,7 @@ inline void load_matrices(uint32_t* fragments, unsigned matrices, bool transpose
         for (int i = 0; i < 4; ++i) operands.row[i] = source[i];
     }
     meet(ldmatrix, ~0u, &operands, at);
+    this_thread().wgmma.note_registers(fragments, matrices, at);
 }
 
 inline void store_matrices(void* row, const uint32_t* fragments, unsigned matrices, bool transposed,
@@ -63,6 +64,7 @@ inline void store_matrices(void* row, const uint32_t* fragments, unsigned matric
     if (!writes) return;
     auto* destination = static_cast<volatile uint32_t*>(row);
     for (int i = 0; i < 4; ++i) destination[i] = operands.row[i];
+    note_write(row, 16);
 }
 
 } // namespace host

@@ -8,6 +8,7 @@
 #include "fiber.hpp"
 #include "source_line.hpp"
 #include "vector_types.hpp"
+#include "wgmma_queue.hpp"
 
 namespace host {
 
@@ -42,6 +43,7 @@ struct Thread {
     char syncwarp_tag = 0;
 
     AsyncCopyQueue copies;
+    WgmmaQueue wgmma;
     Fiber fiber;
 
     unsigned lane() const { return rank % 32; }

@@ -10,3 +10,4 @@
 #include "ptx/memory.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/opaque.cuh"
+#include "ptx/wgmma.cuh"

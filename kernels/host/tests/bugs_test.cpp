@@ -59,10 +59,10 @@ void check_caught(const std::string& name, int code, std::vector<std::string> te
 }
 
 /// The broken kernel leaves NaN in y, the right one does not.
-void check_poisoned(const std::string& name) {
+void check_poisoned(const std::string& name, Shape shape = {}) {
     for (const bool broken : {true, false}) {
         std::vector<float> y;
-        OK(launch((broken ? "broken_" : "right_") + name, {}, &y));
+        OK(launch((broken ? "broken_" : "right_") + name, shape, &y));
         bool poisoned = false;
         for (float value : y) poisoned |= std::isnan(value);
         CHECK_EQUAL(poisoned, broken);
@@ -106,6 +106,33 @@ TEST(bugs_async_copies) {
                  {"cp.async of thread (", "a wait for its group is missing"});
     check_caught("copy_to_local", invalid_address_space, {"cp.async: the 4 bytes at", "not shared memory"});
     if (plain) check_poisoned("early_plain_read");
+}
+
+TEST(bugs_warpgroups) {
+    Context context;
+    const Shape shape{1, 128, 128, 4096};
+    check_poisoned("wgmma_early_read", shape);
+    check_poisoned("wgmma_missing_commit", shape);
+    const auto caught = [&](const std::string& name, std::vector<std::string> texts, int code = launch_failed) {
+        check_caught("wgmma_" + name, code, texts, shape);
+    };
+    caught("missing_fence", {"wgmma.m64k16.bf16: wgmma.fence is missing between other accesses to the accumulators"});
+    caught("loaded_registers", {"has written A's registers, and no wgmma.fence since"});
+    caught("unseen_store", {"wgmma.m64k16.bf16 reads what thread (", "without a fence.proxy.async after it"});
+    caught("unseen_copy", {"wgmma.m64k16.bf16 reads what thread (", "without a fence.proxy.async after it"});
+    caught("divergence", {"deadlock: threads 0-63 wait in wgmma.m64k16.bf16 for their warpgroup at ",
+                          "threads 64-95 wait in __syncthreads (32 of 128 arrived)"});
+    caught("early_return", {"waits for all 128 threads of its warpgroup, but thread 96 of the block has already "
+                            "returned"});
+    check_caught("wgmma_partial_warpgroup", launch_failed, {"the last one of this block of 192 threads is partial"},
+                 {1, 192, 192, 4096});
+    caught("descriptors", {"is not the 0x", "of the warpgroup's first thread"});
+    caught("misaligned_atom", {"start 256,", "does not keep the atoms of 512 bytes aligned"}, misaligned_address);
+    caught("misaligned_memory", {"has dynamic shared memory aligned to 128 bytes, not to the 1024 of this swizzle"},
+           misaligned_address);
+    // ThreadSanitizer sees a race first.
+    if (plain) caught("overwritten", {"the B of the wgmma at ", "was written before it was waited for"});
+    caught("written_accumulators", {"the accumulators of the wgmma at", "were written before it was waited for"});
 }
 
 TEST(bugs_traps) {
@@ -175,6 +202,7 @@ int launch_bug(const char* kernel) {
     const auto is = [&](const char* bug) { return name.find(bug) != std::string::npos; };
     Shape shape;
     if (is("race_of_blocks") || is("missing_fence")) shape = {2, 32, 64, 0};
+    if (is("wgmma")) shape = {1, 128, 128, 4096};
     if (is("shared_overflow")) shape.shared = 64 * sizeof(float);
     OK(launch(name, shape));
     return failures() == 0 ? 0 : 1;

@@ -70,7 +70,8 @@ run_flavour() {
         expect_report address "$tests" early_plain_read 'shared memory that a cp.async is still to fill'
         expect_report address "$tests" static_overflow 'index 128 out of bounds'
     elif [[ $flavour == thread ]]; then
-        for bug in missing_barrier missing_syncwarp missing_second_barrier race_of_blocks missing_fence; do
+        for bug in missing_barrier missing_syncwarp missing_second_barrier race_of_blocks missing_fence \
+            wgmma_overwritten; do
             expect_report thread "$tests" $bug 'ThreadSanitizer: data race'
         done
     fi

@@ -98,6 +98,44 @@ TEST(tensor_core_mma_tf32) {
         }
 }
 
+TEST(tensor_core_wgmma) {
+    Context context;
+    Numbers numbers;
+    const unsigned k = 64;
+    for (const bool is_bf16 : {false, true})
+        for (const unsigned n : {16u, 32u, 48u, 64u, 96u, 128u})
+            for (const unsigned groups : {1u, 2u}) {
+                const unsigned m = 64 * groups;
+                std::vector<uint16_t> a, b;
+                std::vector<float> c, a_values, b_values, expected;
+                const auto draw = [&](std::vector<uint16_t>& bits, std::vector<float>& values, size_t count) {
+                    for (size_t i = 0; i < count; ++i) {
+                        values.push_back(float(numbers.integer(-16, 16)));
+                        bits.push_back(is_bf16 ? host::bfloat16_bits(values[i]) : host::half_bits(values[i]));
+                    }
+                };
+                draw(a, a_values, m * k);
+                draw(b, b_values, n * k);
+                for (unsigned i = 0; i < m * n; ++i) {
+                    c.push_back(float(numbers.integer(-99, 99)));
+                    float sum = c[i];
+                    for (unsigned j = 0; j < k; ++j) sum += a_values[i / n * k + j] * b_values[i % n * k + j];
+                    expected.push_back(sum);
+                }
+                Kernel kernel(is_bf16 ? "wgmma_bf16" : "wgmma_f16");
+                Buffer<uint16_t> device_a(a), device_b(b);
+                Buffer<float> device_c(c);
+                for (const int b_rows : {0, 1})
+                    for (const unsigned swizzle : {32u, 64u, 128u}) {
+                        if (b_rows && 2 * n % swizzle != 0) continue;
+                        Buffer<float> device_d(m * n);
+                        OK(kernel.launch(1, 128 * groups, 2 * n * k, device_a.pointer, device_b.pointer,
+                                         device_c.pointer, device_d.pointer, n, k, b_rows, swizzle));
+                        CHECK(device_d.read() == expected);
+                    }
+            }
+}
+
 TEST(tensor_core_ldmatrix) {
     Context context;
     for (int count : {1, 2, 4}) {

@@ -250,6 +250,199 @@ template <bool broken> __device__ void missing_fence(const float* x, float* y, i
     y[gridDim.x] = y[0] + y[1]; // bug: missing_fence
 }
 
+/// A product of a warpgroup of ones and B, 32 columns of 16 k in rows of 128 bytes that `fill` writes: for blocks of 128
+/// threads and 4 KiB of shared memory. y: each thread's first accumulator, the sum over k of a column.
+struct Product {
+    float* tile = dynamic_shared<float, 1024>();
+    float acc[4][4] = {};
+    uint32_t a[4] = {0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u};
+
+    __device__ void fill() {
+        for (int i = 0; i < 2; ++i) store16(tile + 8 * threadIdx.x + 4 * i, make_float4(1, 1, 1, 1));
+    }
+    __device__ uint64_t b() { return wgmma_descriptor<128>(tile, 0, 1024); }
+    __device__ void publish() {
+        fence_proxy_async_shared();
+        __syncthreads();
+    }
+};
+
+template <bool broken> __device__ void wgmma_early_read(const float*, float* y, int) {
+    Product p;
+    p.fill();
+    p.publish();
+    wgmma_fence();
+    wgmma_m64k16<bf16, 32, false>(p.acc, p.a, p.b());
+    wgmma_commit_group();
+    wgmma_wait_group<broken ? 1 : 0>();
+    y[threadIdx.x] = p.acc[0][0];
+}
+
+/// What was issued is in no group.
+template <bool broken> __device__ void wgmma_missing_commit(const float*, float* y, int) {
+    Product p;
+    p.fill();
+    p.publish();
+    wgmma_fence();
+    wgmma_m64k16<bf16, 32, false>(p.acc, p.a, p.b());
+    if (!broken) wgmma_commit_group();
+    wgmma_wait_group<0>();
+    y[threadIdx.x] = p.acc[0][0];
+}
+
+/// Accumulators that others have written, and A that ldmatrix has.
+template <bool broken> __device__ void wgmma_missing_fence(const float*, float* y, int) {
+    Product p;
+    p.fill();
+    p.publish();
+    if (!broken) wgmma_fence();
+    wgmma_m64k16<bf16, 32, false>(p.acc, p.a, p.b()); // bug: wgmma_missing_fence
+    wgmma_commit_group();
+    wgmma_wait_group<0>();
+    y[threadIdx.x] = p.acc[0][0];
+}
+
+template <bool broken> __device__ void wgmma_loaded_registers(const float*, float* y, int) {
+    Product p;
+    p.fill();
+    p.publish();
+    if (broken) wgmma_fence();
+    ldmatrix<4>(p.a, p.tile + 4 * threadIdx.x); // bug: wgmma_loaded_registers
+    if (!broken) wgmma_fence();
+    wgmma_m64k16<bf16, 32, false>(p.acc, p.a, p.b()); // bug: wgmma_loaded_registers
+    wgmma_commit_group();
+    wgmma_wait_group<0>();
+    y[threadIdx.x] = p.acc[0][0];
+}
+
+/// A barrier alone does not let wgmma see what was written, by a store or a copy.
+template <bool broken> __device__ void wgmma_unseen_store(const float*, float* y, int) {
+    Product p;
+    if (broken) fence_proxy_async_shared();
+    p.fill();
+    if (!broken) fence_proxy_async_shared();
+    __syncthreads();
+    wgmma_fence();
+    wgmma_m64k16<bf16, 32, false>(p.acc, p.a, p.b()); // bug: wgmma_unseen_store
+    wgmma_commit_group();
+    wgmma_wait_group<0>();
+    y[threadIdx.x] = p.acc[0][0];
+}
+
+template <bool broken> __device__ void wgmma_unseen_copy(const float* x, float* y, int) {
+    Product p;
+    for (int i = 0; i < 2; ++i) cp_async<16>(p.tile + 8 * threadIdx.x + 4 * i, x + threadIdx.x / 4 * 4);
+    if (broken) fence_proxy_async_shared();
+    cp_async_wait_all();
+    if (!broken) fence_proxy_async_shared();
+    __syncthreads();
+    wgmma_fence();
+    wgmma_m64k16<bf16, 32, false>(p.acc, p.a, p.b()); // bug: wgmma_unseen_copy
+    wgmma_commit_group();
+    wgmma_wait_group<0>();
+    y[threadIdx.x] = p.acc[0][0];
+}
+
+/// One of the four warps goes another way.
+template <bool broken> __device__ void wgmma_divergence(const float*, float* y, int) {
+    Product p;
+    p.fill();
+    p.publish();
+    wgmma_fence();
+    if (!broken || threadIdx.x / 32 != 2)
+        wgmma_m64k16<bf16, 32, false>(p.acc, p.a, p.b()); // bug: wgmma_divergence
+    wgmma_commit_group();
+    wgmma_wait_group<0>();
+    __syncthreads();
+    y[threadIdx.x] = p.acc[0][0];
+}
+
+template <bool broken> __device__ void wgmma_early_return(const float*, float* y, int) {
+    Product p;
+    p.fill();
+    p.publish();
+    if (broken && threadIdx.x / 32 == 3) return;
+    wgmma_fence();
+    wgmma_m64k16<bf16, 32, false>(p.acc, p.a, p.b()); // bug: wgmma_early_return
+    wgmma_commit_group();
+    wgmma_wait_group<0>();
+    y[threadIdx.x] = p.acc[0][0];
+}
+
+/// The second warpgroup of a block of 192 threads has two warps.
+template <bool broken> __device__ void wgmma_partial_warpgroup(const float*, float* y, int) {
+    Product p;
+    if (threadIdx.x < 128) p.fill();
+    p.publish();
+    if (broken || threadIdx.x < 128) {
+        wgmma_fence();
+        wgmma_m64k16<bf16, 32, false>(p.acc, p.a, p.b()); // bug: wgmma_partial_warpgroup
+        wgmma_commit_group();
+        wgmma_wait_group<0>();
+    }
+    y[threadIdx.x] = p.acc[0][0];
+}
+
+/// Each warp has its own idea of B.
+template <bool broken> __device__ void wgmma_descriptors(const float*, float* y, int) {
+    Product p;
+    p.fill();
+    p.publish();
+    const unsigned k = broken ? threadIdx.x / 32 : 0;
+    const uint64_t b = wgmma_descriptor<128>(p.tile + 8 * k, 0, 1024);
+    wgmma_fence();
+    wgmma_m64k16<bf16, 32, false>(p.acc, p.a, b); // bug: wgmma_descriptors
+    wgmma_commit_group();
+    wgmma_wait_group<0>();
+    y[threadIdx.x] = p.acc[0][0];
+}
+
+/// An atom that is not aligned to its size; memory that is not said to be.
+template <bool broken> __device__ void wgmma_misaligned_atom(const float*, float* y, int) {
+    Product p;
+    p.fill();
+    p.publish();
+    const uint64_t b = wgmma_descriptor<64>(p.tile + (broken ? 64 : 128), 0, 512);
+    wgmma_fence();
+    wgmma_m64k16<bf16, 32, false>(p.acc, p.a, b); // bug: wgmma_misaligned_atom
+    wgmma_commit_group();
+    wgmma_wait_group<0>();
+    y[threadIdx.x] = p.acc[0][0];
+}
+
+template <bool broken> __device__ void wgmma_misaligned_memory(const float*, float* y, int) {
+    const float* tile = dynamic_shared<float, broken ? 128 : 1024>();
+    y[threadIdx.x] = float(wgmma_descriptor<128>(tile, 0, 1024) & 1); // bug: wgmma_misaligned_memory
+}
+
+/// What is being multiplied must stay as it is: B, and the accumulators.
+template <bool broken> __device__ void wgmma_overwritten(const float*, float* y, int) {
+    Product p;
+    p.fill();
+    p.publish();
+    wgmma_fence();
+    wgmma_m64k16<bf16, 32, false>(p.acc, p.a, p.b()); // bug: wgmma_overwritten
+    wgmma_commit_group();
+    if (!broken) wgmma_wait_group<0>();
+    __syncthreads();
+    store16(p.tile + 8 * threadIdx.x, make_float4(2, 2, 2, 2));
+    wgmma_wait_group<0>();
+    y[threadIdx.x] = p.acc[0][0];
+}
+
+template <bool broken> __device__ void wgmma_written_accumulators(const float*, float* y, int) {
+    Product p;
+    p.fill();
+    p.publish();
+    wgmma_fence();
+    wgmma_m64k16<bf16, 32, false>(p.acc, p.a, p.b()); // bug: wgmma_written_accumulators
+    wgmma_commit_group();
+    if (!broken) wgmma_wait_group<0>();
+    p.acc[1][2] = 0;
+    wgmma_wait_group<0>();
+    y[threadIdx.x] = p.acc[0][0];
+}
+
 /// A block with nothing to do returns before it has waited for the grid ahead of its own.
 template <bool broken> __device__ void never_waits(const float* x, float* y, int) {
     if (broken && blockIdx.x == 1) return;
@@ -298,5 +491,19 @@ PAIR(trap)
 PAIR(assertion)
 PAIR(race_of_blocks)
 PAIR(missing_fence)
+PAIR(wgmma_early_read)
+PAIR(wgmma_missing_commit)
+PAIR(wgmma_missing_fence)
+PAIR(wgmma_loaded_registers)
+PAIR(wgmma_unseen_store)
+PAIR(wgmma_unseen_copy)
+PAIR(wgmma_divergence)
+PAIR(wgmma_early_return)
+PAIR(wgmma_partial_warpgroup)
+PAIR(wgmma_descriptors)
+PAIR(wgmma_misaligned_atom)
+PAIR(wgmma_misaligned_memory)
+PAIR(wgmma_overwritten)
+PAIR(wgmma_written_accumulators)
 PAIR(never_waits)
 PAIR(waits_late)

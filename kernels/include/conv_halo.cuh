@@ -35,8 +35,8 @@
 //                              cores read in shared memory themselves (wgmma), once for all four: as many bytes as ldmatrix
 //                              brings, whose 64 rows of a warp use them as often, but by 8 instructions of a step for 64 and
 //                              half the ldmatrix. They go on while the pixels of the next are loaded and the next piece of
-//                              halo is made, over the barrier into the next step: hence one stage of weights more. Only
-//                              where there is wgmma.
+//                              halo is made, over the barrier into the next step: hence one stage of weights more, and
+//                              with 32 columns up to 168 registers and three blocks. Only where there is wgmma.
 //
 // Bank conflicts: none in the loop. For the halo see conv_tile.cuh. Weights are swizzled like it by XOR with their row, where
 // rows have 64 bytes (bn columns of 32 channels; or 32 channels of 32 columns) or 128 (32 channels of 48 or 64 columns). Those
@@ -272,7 +272,7 @@ template <class Tile, Direction direction, class Weights, class Memory> struct W
     /// Fragments of a group of products: two, or for the registers of three blocks on a multiprocessor one.
     static constexpr unsigned together = Tile::bn == 48 ? 1 : 2, groups = Tile::fragments_m / together;
     static_assert(Tile::threads == 128 && Memory::stage % (8 * row) == 0, "a warpgroup; a swizzle's pattern is 8 rows");
-    static_assert(groups >= 2, "the first two groups of a step wait for all of the step before the last");
+    static_assert(groups >= 2, "with its second group a step has waited for all of the one before");
     /// Of the weights of stage 0.
     uint64_t weights;
 

@@ -425,6 +425,8 @@ __device__ __forceinline__ void multiply(const typename Tile::T* a, const typena
 template <class Tile>
 __device__ __forceinline__ void finish_products(float (&acc)[Tile::fragments_m][Tile::fragments_n][4]) {
     if constexpr (Tile::warpgroups) {
+        // Lanes may have parted in a loader's transform.
+        __syncwarp();
         wgmma_wait_group<0>();
 #pragma unroll
         for (auto& fragments : acc) wgmma_settle(fragments);

@@ -152,12 +152,13 @@ enum Launches {
     Each,
 }
 
-/// With the gradients of two passes, and also of one where that is possible.
+/// With the gradients of two passes, and also of one and in windows where that is possible.
 fn on_device<T: Sample>(device: &Device, data: &Data<T>, variant: Variant) -> Vec<Outcome<T>> {
     let stream = device.compute();
     let (shape, out, c, o) = (data.shape(), data.out(), data.shape().c, data.outputs);
     let plan = Pointwise::<T>::plan_with(device, shape, o, data.dtype, data.choices).unwrap();
-    let floats = plan.workspace_floats().max(plan.work().one_pass_floats());
+    let floats = [Passes::One, Passes::Interleaved].map(|passes| plan.work().floats_in(passes));
+    let floats = plan.workspace_floats().max(floats[0]).max(floats[1]);
     let mut workspace = Workspace::new(device, floats).unwrap();
     let vector = |values: &[f32]| device.upload(values).unwrap();
     let tensor = |values: &[T]| device.upload(values).unwrap();
@@ -244,8 +245,10 @@ fn on_device<T: Sample>(device: &Device, data: &Data<T>, variant: Variant) -> Ve
     };
     let two = backward(Launches::One(Passes::Two));
     assert_eq!(two, backward(Launches::Each), "in one launch and in two");
-    let one = plan.work().backward_in(Passes::One, variant.input, variant.gradient);
-    let one = one.map(|_| backward(Launches::One(Passes::One)));
+    let [one, interleaved] = [Passes::One, Passes::Interleaved].map(|passes| {
+        let work = plan.work().backward_in(passes, variant.input, variant.gradient);
+        work.map(|_| backward(Launches::One(passes)))
+    });
     let outcome = |(dx, owed, sums, [dgamma, dbeta, dweight]): (_, _, _, [Vec<f32>; 3])| Outcome {
         y: written(device, &y),
         norm: written(device, &new_norm),
@@ -257,7 +260,7 @@ fn on_device<T: Sample>(device: &Device, data: &Data<T>, variant: Variant) -> Ve
         sums,
         dweight,
     };
-    [Some(two), one].into_iter().flatten().map(outcome).collect()
+    [Some(two), one, interleaved].into_iter().flatten().map(outcome).collect()
 }
 
 /// Of an element: its value, or a bound.
@@ -880,6 +883,69 @@ fn one_pass_is_the_reference_s() {
     }
 }
 
+/// Both gradients in several windows: runs of several tiles, with sums or with a skip, and of an image; the last window of fewer
+/// pixels; splits side by side, and one that is left without pixels.
+const WINDOWS: [(Shape, usize, Dtype, Variant); 5] = [
+    (Shape::new(1, 23, 31, 8), 136, Dtype::Tf32, VARIANTS[2]),
+    (Shape::new(1, 21, 32, 136), 72, Dtype::F32, VARIANTS[0]),
+    (Shape::new(11, 1, 61, 8), 24, Dtype::F32, VARIANTS[1]),
+    (Shape::new(13, 5, 13, 16), 24, Dtype::F16, VARIANTS[1]),
+    (Shape::new(1, 7, 191, 8), 136, Dtype::Bf16, VARIANTS[3]),
+];
+
+#[test]
+fn windows_are_exact() {
+    let Some(device) = device() else { return };
+    for (shape, outputs, dtype, variant) in WINDOWS {
+        let work = PointwiseWork::new(shape, outputs, dtype).unwrap();
+        assert!(work.backward_in(Passes::Interleaved, variant.input, variant.gradient).is_some(), "{shape}");
+        let variant = Variant { act: Activation::Identity, ..variant };
+        match dtype {
+            Dtype::F32 | Dtype::Tf32 => check_integers_in::<f32>(&device, dtype, shape, outputs, variant),
+            Dtype::F16 => check_integers::<f16>(&device, shape, outputs, variant),
+            Dtype::Bf16 => check_integers::<bf16>(&device, shape, outputs, variant),
+        }
+    }
+}
+
+#[test]
+fn windows_are_the_reference_s() {
+    let Some(device) = device() else { return };
+    for (shape, outputs, variant) in
+        [(Shape::new(1, 23, 31, 8), 136, VARIANTS[2]), (Shape::new(11, 1, 61, 8), 24, VARIANTS[1])]
+    {
+        check(&device, &Data::<bf16>::random(shape, outputs, 7), variant);
+    }
+}
+
+/// Windows are taken where they are chosen, with no more bytes than two passes ask for; the blocks are those that the grids
+/// say, whatever the windows.
+#[test]
+fn windows_are_taken_where_they_are_chosen() {
+    let (plain, gated) = (GradientKind::Plain { skip: true }, GradientKind::Gated);
+    let chosen = Choices::only(Launch::Backward, Choice::by(Way::Interleaved).columns(128).blocks(528));
+    for (x, outputs, input, output) in [
+        (Shape::new(256, 19, 19, 160), 960, InputKind::Plain, plain),
+        (Shape::new(256, 10, 10, 256), 1536, InputKind::Plain, plain),
+        (Shape::new(256, 19, 19, 960), 160, InputKind::Gated, gated),
+    ] {
+        let rule = PointwiseWork::new(x, outputs, Dtype::Bf16).unwrap();
+        assert_eq!(rule.passes(input, output), Passes::Two, "{x}");
+        let work = rule.with(chosen).unwrap();
+        assert_eq!(work.passes(input, output), Passes::Interleaved, "{x}");
+        let (launch, two) = (work.backward(input, output), rule.backward(input, output));
+        assert_eq!(launch.kernel, two.kernel);
+        assert!(launch.cost.bytes <= two.cost.bytes && launch.cost.bytes * 100 > two.cost.bytes * 95, "{x}");
+        assert!(work.workspace_floats() >= work.floats_in(Passes::Interleaved));
+    }
+    // Few pixels make one window.
+    let work = PointwiseWork::new(Shape::new(2, 7, 7, 160), 960, Dtype::Bf16).unwrap();
+    assert!(
+        work.with(chosen).is_err()
+            && work.backward_in(Passes::Interleaved, InputKind::Plain, plain).is_none()
+    );
+}
+
 /// An input whose SiLU is of one normalisation, and a gradient through another; and one pass where there is none.
 #[test]
 fn operands_that_do_not_fit_each_other_are_refused() {
@@ -887,7 +953,8 @@ fn operands_that_do_not_fit_each_other_are_refused() {
     let stream = device.compute();
     let shape = Shape::new(2, 3, 3, 16);
     let plan = Pointwise::<bf16>::plan(&device, shape, 24).unwrap();
-    let mut workspace = Workspace::new(&device, plan.work().one_pass_floats()).unwrap();
+    let mut workspace =
+        Workspace::new(&device, plan.workspace_floats().max(plan.work().floats_in(Passes::One))).unwrap();
     let (x, y, weight) = (device.zeros(288).unwrap(), device.zeros(432).unwrap(), device.zeros(384).unwrap());
     let (x, y, weight) = (x.as_view(), y.as_view(), weight.as_view());
     let vectors = device.zeros::<f32>(1024).unwrap();
@@ -1000,6 +1067,7 @@ fn results_repeat_bit_for_bit() {
         (Shape::new(5, 13, 17, 72), 200, VARIANTS[2]),
         (Shape::new(3, 12, 11, 72), 40, VARIANTS[1]),
         (Shape::new(5, 13, 17, 264), 72, VARIANTS[2]),
+        (Shape::new(13, 5, 13, 16), 24, VARIANTS[1]),
     ] {
         let data = Data::<bf16>::random(shape, outputs, 4);
         let run = |seed| {

@@ -11,7 +11,7 @@
 //
 // A block of Tile::threads threads computes, for one range of columns, `walk.tiles` row tiles one after the other: rows
 // walk.first_row + i Tile::bm .. of A, columns walk.first_column .. + Tile::bn (rows of B), over walk.k_steps steps of
-// Tile::bk from walk.first_k on. The steps of all tiles are one pipeline: while a tile is being stored, the next one is
+// Tile::bk from walk.first_k on, side by side or others' between them. The steps of all tiles are one pipeline: while a tile is being stored, the next one is
 // already being fetched. Dynamic shared memory: GemmMemory<Tile, A, B>::bytes.
 //
 // Operands and loaders. `Major::k`: consecutive k lie side by side, memory is [rows, k]; `Major::rows`: memory is
@@ -95,9 +95,9 @@ struct GemmPlace {
     bool inside;
 };
 
-/// The tiles of a block.
+/// The tiles of a block, and its steps along k: every `apart`th from first_k on.
 struct GemmWalk {
-    unsigned first_row, tiles, first_column, first_k, k_steps;
+    unsigned first_row, tiles, first_column, first_k, k_steps, apart = 1;
 };
 
 /// A thread's place in the turned tile.
@@ -499,7 +499,7 @@ __device__ __forceinline__ void gemm(const A& a, const B& b, const GemmWalk& wal
     T* pipeline = dynamic_shared<T, Tile::warpgroups ? 1024 : 128>();
     float* turned = dynamic_shared<float>(Memory::pipeline);
     const auto first_row = [&](const Cursor& at) { return walk.first_row + at.tile * Tile::bm; };
-    const auto first_k = [&](const Cursor& at) { return walk.first_k + at.step * Tile::bk; };
+    const auto first_k = [&](const Cursor& at) { return walk.first_k + at.step * walk.apart * Tile::bk; };
 
     columns.enter(walk.first_column);
     Cursor fetched, done;

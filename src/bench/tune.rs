@@ -420,13 +420,14 @@ pub fn measure<T: FusedElement>(
     for choice in possible(candidate, dtype)?.into_iter().filter(can_run) {
         plans.push((choice, Plan::new(device, &convolution, dtype, Choices::only(launch, choice))));
     }
-    // Choices that come to the same launch are one way; layouts of other ranks are others, whatever they take.
+    // Choices that come to the same launch are one way; layouts of other ranks and another order of the same blocks are
+    // others, whatever they take.
     let mut seen = Vec::new();
     plans.retain(|(choice, plan)| match plan {
         Err(_) => true,
         Ok(plan) => {
             let Work { kernel, grid, shared, .. } = plan.work(candidate);
-            let way = (kernel, grid, shared, choice.rank);
+            let way = (kernel, grid, shared, choice.rank, choice.way == Some(tuning::Way::Interleaved));
             let new = !seen.contains(&way);
             if new {
                 seen.push(way);

@@ -254,7 +254,22 @@ impl WeightGrid {
         Self { steps, splits: all.div_ceil(steps), row_tiles, column_tiles }
     }
 
-    const fn tiles(&self) -> u32 {
+    /// The same, with `splits` of so many steps.
+    pub(super) const fn cut(self, splits: u32, steps: u32) -> Self {
+        Self { steps, splits, ..self }
+    }
+
+    pub(super) const fn splits(&self) -> u32 {
+        self.splits
+    }
+
+    /// Of a split.
+    #[cfg(test)]
+    pub(super) const fn steps(&self) -> u32 {
+        self.steps
+    }
+
+    pub(super) const fn tiles(&self) -> u32 {
         self.row_tiles * self.column_tiles
     }
 

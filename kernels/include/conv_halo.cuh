@@ -304,6 +304,8 @@ template <class Tile, Direction direction, class Weights, class Memory> struct W
 
     __device__ __forceinline__ void publish() const { fence_proxy_async_shared(); }
     __device__ __forceinline__ void finish(Sums& acc) const {
+        // Lanes may have parted on their way from the last product.
+        __syncwarp();
         wgmma_wait_group<0>();
 #pragma unroll
         for (auto& fragments : acc) wgmma_settle(fragments);

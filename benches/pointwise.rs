@@ -120,7 +120,8 @@ fn benchmarks(bench: &mut Bench) -> Result<()> {
         let name = format!("{x} to {outputs}, {kind:?}");
         let set = |device: &_| {
             let y = x.with_channels(outputs);
-            let floats = work.workspace_floats().max(work.one_pass_floats());
+            let floats = [Passes::One, Passes::Interleaved].map(|passes| work.floats_in(passes));
+            let floats = work.workspace_floats().max(floats[0]).max(floats[1]);
             let layer = Layer::new(device, x, y, inputs * outputs, floats)?;
             Ok(Set { plan: Pointwise::plan(device, x, outputs)?, kind, passes: Passes::Two, layer })
         };
@@ -132,7 +133,7 @@ fn benchmarks(bench: &mut Bench) -> Result<()> {
         bench.case(&name, &[work.fprop(kind, OutputKind::Moments)], set, fprop)?;
         bench.case(&name, &[work.dgrad(gradient)], set, dgrad)?;
         bench.case(&name, &[work.wgrad(kind)], set, wgrad)?;
-        for passes in [Passes::Two, Passes::One] {
+        for passes in [Passes::Two, Passes::Interleaved, Passes::One] {
             if let Some(work) = work.backward_in(passes, kind, gradient) {
                 bench.case(&name, &[work], |device| Ok(Set { passes, ..set(device)? }), backward)?;
             }

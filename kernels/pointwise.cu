@@ -4,7 +4,9 @@
 // in a fixed order; kernels in tf32 are those of f32 with their products on tensor cores. Channels are multiples of 8, arrays aligned to 16 bytes. x owes what GemmInput says (SiLU of a
 // normalisation, a gate), the gradient of y what GemmGradient says (batch norm's backward, stochastic depth); both are paid
 // on load. The mainloop is gemm.cuh: 128 x 128 (wide), 128 x 64 (narrow) or, for dW, 64 x 128 tiles; f16 and bf16 on
-// tensor cores, f32 in plain arithmetic or in tf32. Each is 2 * pixels * inputs * outputs operations.
+// tensor cores, f32 in plain arithmetic or in tf32. Each is 2 * pixels * inputs * outputs operations. In kernels of wgmma128 and
+// wgmma64 warpgroups multiply, in the tiles of wide and narrow, but for dW; they run on sm_90a alone. The gradient of x has
+// no wide ones: with 128 columns its epilogue finds too few registers, since wgmma's accumulators lie side by side.
 //
 // pointwise_fprop: y, as ForwardOutput says: with the moments of batch norm, or folded for inference. Grid runs * groups as
 //   in GemmGrid, groups of `bn` outputs. Least bytes: x, W and y once, skip if any; partial moments 8 * runs * outputs
@@ -15,10 +17,11 @@
 //   it is rounded. Grid images * groups: a block has all pixels of its image.
 // pointwise_wgrad: dW += dy^T x. Grid splits * tiles as in WeightGrid: pixels are cut into `splits`, a block has one of them
 //   and one tile of dW. Least bytes: g, its y, x and twice dW; with splits their partial tiles, written and read.
-// pointwise_backward: both gradients in one launch, the blocks of pointwise_dgrad and then those of pointwise_wgrad; so they
-//   fill the GPU together, and a layer's backward costs one launch. pointwise_backward_gated: with pointwise_dgrad_gated,
-//   `grid.runs` being the images. Least bytes: those of both. Where channels are few, pointwise_one_pass.cu reads what they
-//   have in common once.
+// pointwise_backward: both gradients in one launch, so that they fill the GPU together and a layer's backward costs one
+//   launch. Its blocks are those of pointwise_wgrad and pointwise_dgrad, in the order that BackwardWindows says: of one
+//   window of the pixels after the other, so that the second reading finds in the second level what the first has brought.
+//   pointwise_backward_gated: with pointwise_dgrad_gated, `grid.runs` being the images. Least bytes: those of both; what the
+//   second level gives is not counted. Where channels are few, pointwise_one_pass.cu reads what they have in common once.
 // pointwise_classifier_bias: dbias [classes] += the sums of dlogits [images, classes] over images, and, where rows of
 //   dlogits are not aligned, a copy of it with rows of `pitch` elements, 0 from `classes` on. Grid ceil(pitch / 32), block
 //   256. The classifier is otherwise pointwise_fprop with a bias, _dgrad and _wgrad.
@@ -35,6 +38,8 @@ constexpr unsigned threads = 256;
 template <class T> using Wide = GemmTile<T, 128, 128, 2, 4, 3>;
 template <class T> using Narrow = GemmTile<T, 128, 64, 4, 2, 3>;
 template <class T> using Weights = GemmTile<T, 64, 128, 2, 4, 3>;
+template <class T> using Wgmma128 = WarpgroupTile<T, 128, 128, 8, 3>;
+template <class T> using Wgmma64 = WarpgroupTile<T, 128, 64, 8, 3>;
 template <class T> using NarrowTf32 = GemmTile<T, 128, 64, 4, 2, 3, true>;
 template <class T> using WeightsTf32 = GemmTile<T, 64, 128, 2, 4, 3, true>;
 
@@ -42,6 +47,7 @@ template <class Tile, class T>
 __device__ __forceinline__ void fprop(const GemmInput<T>& x, const T* weight, const ForwardOutput<T>& to,
                                       unsigned outputs, const GemmGrid& grid, const NormFinish& norm,
                                       float* partial, unsigned* counters) {
+    if constexpr (!can_run<Tile>) return __trap();
     using Memory = GemmMemory<Tile, GemmInput<T>, GemmMatrix<T>>;
     const GemmMatrix<T> columns{weight, outputs, x.width};
     ForwardEpilogue<Tile> epilogue(to, x.height, outputs, dynamic_shared<float>(Memory::bytes));
@@ -51,19 +57,20 @@ __device__ __forceinline__ void fprop(const GemmInput<T>& x, const T* weight, co
 
 template <class Tile, class T>
 __device__ __forceinline__ void dgrad(const GemmGradient<T>& dy, const T* weight, const GradientTarget<T>& to,
-                                      unsigned inputs, const GemmGrid& grid, const OwedFinish& owed,
-                                      float* partial, unsigned* counters) {
+                                      unsigned inputs, const GemmGrid& grid, unsigned block,
+                                      const OwedFinish& owed, float* partial, unsigned* counters) {
+    if constexpr (!can_run<Tile>) return __trap();
     const GemmMatrix<T> columns{weight, dy.width, inputs};
     GradientEpilogue<Tile, 2> epilogue(to, dy.height, inputs);
-    gemm<Tile, Major::k, Major::rows>(dy, columns, grid.walk<Tile>(dy.height, dy.width), epilogue);
-    epilogue.finish(grid, partial, counters, owed);
+    gemm<Tile, Major::k, Major::rows>(dy, columns, grid.walk<Tile>(dy.height, dy.width, block), epilogue);
+    epilogue.finish(grid, block, partial, counters, owed);
 }
 
 template <class Tile, class T>
 __device__ __forceinline__ void dgrad_gated(GemmGradient<T> dy, const T* weight, const GradientTarget<T>& to,
-                                            unsigned inputs, unsigned images, unsigned groups, float* sums) {
-    const unsigned image = blockIdx.x / groups, pixels = dy.pixels.divisor;
-    const unsigned first = blockIdx.x % groups * Tile::bn;
+                                            unsigned inputs, const GemmGrid& grid, unsigned block, float* sums) {
+    const unsigned image = grid.run(block), images = grid.runs, pixels = dy.pixels.divisor;
+    const unsigned first = grid.group(block) * Tile::bn;
     dy.height = (image + 1) * pixels;
     const GemmMatrix<T> columns{weight, dy.width, inputs};
     const GemmWalk walk{image * pixels, (pixels + Tile::bm - 1) / Tile::bm, first, 0,
@@ -75,35 +82,50 @@ __device__ __forceinline__ void dgrad_gated(GemmGradient<T> dy, const T* weight,
     });
 }
 
+/// Of `together` splits, each takes one step in turn. Splits that are left without pixels have one step of zeros.
 template <class Tile, class T>
-__device__ __forceinline__ void wgrad(GemmGradient<T> dy, GemmInput<T> x, float* dweight, const WeightGrid& grid,
-                                      unsigned block, float* partial, unsigned* counters) {
+__device__ __forceinline__ void wgrad(const GemmGradient<T>& dy, const GemmInput<T>& x, float* dweight,
+                                      const WeightGrid& grid, unsigned together, unsigned block, float* partial,
+                                      unsigned* counters) {
     const unsigned tiles = grid.row_tiles * grid.column_tiles, outputs = dy.width, inputs = x.width;
-    const unsigned tile = block % tiles, first = block / tiles * grid.steps * Tile::bk;
-    const unsigned end = min(dy.height, first + grid.steps * Tile::bk);
-    dy.height = x.height = end;
+    const unsigned tile = block % tiles, split = block / tiles;
+    const unsigned first = (split / together * together * grid.steps + split % together) * Tile::bk;
+    const unsigned apart = together * Tile::bk, left = dy.height > first ? (dy.height - first + apart - 1) / apart : 1;
     const GemmWalk walk{tile / grid.column_tiles * Tile::bm, 1, tile % grid.column_tiles * Tile::bn, first,
-                        (end - first + Tile::bk - 1) / Tile::bk};
+                        min(grid.steps, left), together};
     WeightEpilogue<Tile> epilogue{dweight, partial, outputs, inputs, block, grid.splits == 1};
     gemm<Tile, Major::rows, Major::rows>(dy, x, walk, epilogue);
     if (grid.splits > 1) add_partial<Tile>(dweight, outputs, inputs, grid, block, partial, counters);
 }
 
-/// The input's blocks come first; behind their partial sums and counters lie those of the weights.
+/// The order of both gradients' blocks: window after window of the pixels, and of each the `splits` of the weights' gradient,
+/// whose blocks take longer, before the `runs` of the input's. The last window has what runs are left. In a window
+/// `together` splits go through its pixels side by side, so that they are all where the runs are; 1: each has pixels of
+/// its own.
+struct BackwardWindows {
+    unsigned runs, splits, together;
+};
+
+/// Behind the partial sums and counters of the input's gradient lie those of the weights'.
 template <class Tile, class WeightTile, bool gated, class T>
 __device__ __forceinline__ void backward(const GemmGradient<T>& dy, const T* weight, const GradientTarget<T>& to,
                                          const GemmInput<T>& x, float* dweight, const GemmGrid& grid,
-                                         const WeightGrid& weights, const OwedFinish& owed, float* sums,
-                                         float* partial, unsigned* counters) {
-    const unsigned blocks = grid.runs * grid.groups;
-    if (blockIdx.x >= blocks) {
+                                         const WeightGrid& weights, const BackwardWindows& windows,
+                                         const OwedFinish& owed, float* sums, float* partial, unsigned* counters) {
+    if constexpr (!can_run<Tile>) return __trap();
+    const unsigned of_weights = windows.splits * weights.row_tiles * weights.column_tiles;
+    const unsigned of_input = windows.runs * grid.groups;
+    const unsigned window = blockIdx.x / (of_weights + of_input), place = blockIdx.x % (of_weights + of_input);
+    if (place < of_weights) {
         partial += gated ? 0 : 2 * grid.runs * x.width;
-        return wgrad<WeightTile>(dy, x, dweight, weights, blockIdx.x - blocks, partial, counters + grid.groups);
+        return wgrad<WeightTile>(dy, x, dweight, weights, windows.together, window * of_weights + place, partial,
+                                 counters + grid.groups);
     }
+    const unsigned block = window * of_input + (place - of_weights);
     if constexpr (gated)
-        dgrad_gated<Tile>(dy, weight, to, x.width, grid.runs, grid.groups, sums);
+        dgrad_gated<Tile>(dy, weight, to, x.width, grid, block, sums);
     else
-        dgrad<Tile>(dy, weight, to, x.width, grid, owed, partial, counters);
+        dgrad<Tile>(dy, weight, to, x.width, grid, block, owed, partial, counters);
 }
 
 /// A column for each of 32 threads, its rows over 8.
@@ -148,7 +170,7 @@ __device__ __forceinline__ void classifier_bias(const T* dlogits, T* padded, flo
                                  unsigned inputs, const GemmGrid grid, const OwedFinish owed,                \
                                  float* partial, unsigned* counters) {                                       \
         after_predecessors();                                                                                \
-        dgrad<Tile<T>>(dy, weight, dx, inputs, grid, owed, partial, counters);                               \
+        dgrad<Tile<T>>(dy, weight, dx, inputs, grid, blockIdx.x, owed, partial, counters);                   \
     }                                                                                                        \
     EFFNETV2_KERNEL(pointwise_dgrad_##suffix)
 
@@ -157,7 +179,7 @@ __device__ __forceinline__ void classifier_bias(const T* dlogits, T* padded, flo
         const GemmGradient<T> dy, const T* weight, const GradientTarget<T> dx, unsigned inputs,              \
         const GemmGrid grid, float* sums) {                                                                  \
         after_predecessors();                                                                                \
-        dgrad_gated<Tile<T>>(dy, weight, dx, inputs, grid.runs, grid.groups, sums);                          \
+        dgrad_gated<Tile<T>>(dy, weight, dx, inputs, grid, blockIdx.x, sums);                                \
     }                                                                                                        \
     EFFNETV2_KERNEL(pointwise_dgrad_gated_##suffix)
 
@@ -166,18 +188,18 @@ __device__ __forceinline__ void classifier_bias(const T* dlogits, T* padded, flo
         pointwise_wgrad_##suffix(const GemmGradient<T> dy, const GemmInput<T> x, float* dweight,             \
                                  const WeightGrid grid, float* partial, unsigned* counters) {                \
         after_predecessors();                                                                                \
-        wgrad<Tile<T>>(dy, x, dweight, grid, blockIdx.x, partial, counters);                                 \
+        wgrad<Tile<T>>(dy, x, dweight, grid, 1, blockIdx.x, partial, counters);                              \
     }                                                                                                        \
     EFFNETV2_KERNEL(pointwise_wgrad_##suffix)
 
 #define EFFNETV2_POINTWISE_BACKWARD(suffix, T, Tile, WeightTile, gated)                                      \
     extern "C" __global__ void __launch_bounds__(threads, 2) pointwise_backward_##suffix(                    \
         const GemmGradient<T> dy, const T* weight, const GradientTarget<T> dx, const GemmInput<T> x,         \
-        float* dweight, const GemmGrid grid, const WeightGrid weights, const OwedFinish owed, float* sums,   \
-        float* partial, unsigned* counters) {                                                                \
+        float* dweight, const GemmGrid grid, const WeightGrid weights, const BackwardWindows windows,        \
+        const OwedFinish owed, float* sums, float* partial, unsigned* counters) {                            \
         after_predecessors();                                                                                \
-        backward<Tile<T>, WeightTile<T>, gated>(dy, weight, dx, x, dweight, grid, weights, owed, sums,       \
-                                                partial, counters);                                          \
+        backward<Tile<T>, WeightTile<T>, gated>(dy, weight, dx, x, dweight, grid, weights, windows, owed,    \
+                                                sums, partial, counters);                                    \
     }                                                                                                        \
     EFFNETV2_KERNEL(pointwise_backward_##suffix)
 
@@ -203,12 +225,20 @@ __device__ __forceinline__ void classifier_bias(const T* dlogits, T* padded, flo
     EFFNETV2_POINTWISE_DGRAD(wide_##suffix, T, Wide, 2)                                                      \
     EFFNETV2_POINTWISE_BACKWARD(wide_##suffix, T, Wide, Weights, false)
 
+#define EFFNETV2_POINTWISE_WGMMA(suffix, T)                                                                  \
+    EFFNETV2_POINTWISE_FPROP(wgmma64_##suffix, T, Wgmma64, 2)                                                \
+    EFFNETV2_POINTWISE_DGRAD(wgmma64_##suffix, T, Wgmma64, 2)                                                \
+    EFFNETV2_POINTWISE_BACKWARD(wgmma64_##suffix, T, Wgmma64, Weights, false)                                \
+    EFFNETV2_POINTWISE_FPROP(wgmma128_##suffix, T, Wgmma128, 2)
+
 EFFNETV2_POINTWISE(f32, float, Narrow, Weights)
 EFFNETV2_POINTWISE(tf32, float, NarrowTf32, WeightsTf32)
 EFFNETV2_POINTWISE(f16, f16, Narrow, Weights)
 EFFNETV2_POINTWISE(bf16, bf16, Narrow, Weights)
 EFFNETV2_POINTWISE_WIDE(f16, f16)
 EFFNETV2_POINTWISE_WIDE(bf16, bf16)
+EFFNETV2_POINTWISE_WGMMA(f16, f16)
+EFFNETV2_POINTWISE_WGMMA(bf16, bf16)
 EFFNETV2_POINTWISE_BIAS(f32, float)
 EFFNETV2_POINTWISE_BIAS(f16, f16)
 EFFNETV2_POINTWISE_BIAS(bf16, bf16)

@@ -12,7 +12,7 @@ use effnetv2::Error;
 use effnetv2::backend::{Activation, VarianceEstimator};
 use effnetv2::device::Device;
 use effnetv2::kernels::pointwise::{Classifier, Passes, Pointwise, PointwiseWork};
-use effnetv2::kernels::tuning::Choices;
+use effnetv2::kernels::tuning::{Choice, Choices, Launch, Way};
 use effnetv2::kernels::{
     Arrival, Debt, GradientKind, GradientOutput, GradientView, Input, InputKind, Output, OutputKind,
     Statistics, Workspace,
@@ -46,6 +46,8 @@ struct Variant {
 struct Data<T> {
     /// How it is to be multiplied.
     dtype: Dtype,
+    /// How it is to be launched.
+    choices: Choices,
     /// The input, which is also what the gradient's epilogues differentiate.
     x: Raw<T>,
     gate: Vec<f32>,
@@ -70,6 +72,7 @@ impl<T: Sample> Data<T> {
         let reach = 1.0 / (shape.c as f64).sqrt();
         Self {
             dtype: T::DTYPE,
+            choices: Choices::default(),
             x: Raw::random(shape, seed),
             gate: draw(&mut stream, shape.n * shape.c, 0.0, 1.0),
             outputs,
@@ -97,6 +100,7 @@ impl<T: Sample> Data<T> {
             |count: usize, f: &dyn Fn(usize) -> i32| (0..count).map(|i| f(i) as f32).collect::<Vec<f32>>();
         Self {
             dtype: T::DTYPE,
+            choices: Choices::default(),
             x: Raw::integers(shape),
             gate: (0..shape.n * shape.c).map(|i| [1.0, 2.0, 0.5][i % 3]).collect(),
             outputs,
@@ -148,12 +152,13 @@ enum Launches {
     Each,
 }
 
-/// With the gradients of two passes, and also of one where that is possible.
+/// With the gradients of two passes, and also of one and in windows where that is possible.
 fn on_device<T: Sample>(device: &Device, data: &Data<T>, variant: Variant) -> Vec<Outcome<T>> {
     let stream = device.compute();
     let (shape, out, c, o) = (data.shape(), data.out(), data.shape().c, data.outputs);
-    let plan = Pointwise::<T>::plan_with(device, shape, o, data.dtype, Choices::default()).unwrap();
-    let floats = plan.workspace_floats().max(plan.work().one_pass_floats());
+    let plan = Pointwise::<T>::plan_with(device, shape, o, data.dtype, data.choices).unwrap();
+    let floats = [Passes::One, Passes::Interleaved].map(|passes| plan.work().floats_in(passes));
+    let floats = plan.workspace_floats().max(floats[0]).max(floats[1]);
     let mut workspace = Workspace::new(device, floats).unwrap();
     let vector = |values: &[f32]| device.upload(values).unwrap();
     let tensor = |values: &[T]| device.upload(values).unwrap();
@@ -240,8 +245,10 @@ fn on_device<T: Sample>(device: &Device, data: &Data<T>, variant: Variant) -> Ve
     };
     let two = backward(Launches::One(Passes::Two));
     assert_eq!(two, backward(Launches::Each), "in one launch and in two");
-    let one = plan.work().backward_in(Passes::One, variant.input, variant.gradient);
-    let one = one.map(|_| backward(Launches::One(Passes::One)));
+    let [one, interleaved] = [Passes::One, Passes::Interleaved].map(|passes| {
+        let work = plan.work().backward_in(passes, variant.input, variant.gradient);
+        work.map(|_| backward(Launches::One(passes)))
+    });
     let outcome = |(dx, owed, sums, [dgamma, dbeta, dweight]): (_, _, _, [Vec<f32>; 3])| Outcome {
         y: written(device, &y),
         norm: written(device, &new_norm),
@@ -253,7 +260,7 @@ fn on_device<T: Sample>(device: &Device, data: &Data<T>, variant: Variant) -> Ve
         sums,
         dweight,
     };
-    [Some(two), one].into_iter().flatten().map(outcome).collect()
+    [Some(two), one, interleaved].into_iter().flatten().map(outcome).collect()
 }
 
 /// Of an element: its value, or a bound.
@@ -736,6 +743,87 @@ fn integers_are_exact() {
     check_integers::<bf16>(&device, shape, outputs, VARIANTS[2]);
 }
 
+/// Products of warpgroups for fprop, in tiles of so many columns, and for the gradient of the input.
+fn wgmma(columns: u32) -> Choices {
+    let choice = |columns| Choice::by(Way::Wgmma).columns(columns);
+    Choices { fprop: choice(columns).blocks(528), backward: choice(64).blocks(264), ..Choices::default() }
+}
+
+/// With one step of a sum and many, whole ones and not, as with rows and columns; and with several tiles to a block.
+#[test]
+fn warpgroups_are_exact() {
+    fn check<T: Sample>(device: &Device, shape: Shape, outputs: usize, columns: u32, variant: Variant) {
+        let data = Data::<T> { choices: wgmma(columns), ..Data::integers(shape, outputs) };
+        let variant = Variant { act: Activation::Identity, ..variant };
+        on_device(device, &data, variant).iter().for_each(|actual| check_exactly(&data, variant, actual));
+    }
+    let Some(device) = device() else { return };
+    for (i, (n, h, w, c, outputs, columns)) in [
+        (1, 1, 1, 8, 8, 64),
+        (1, 3, 43, 8, 136, 128),
+        (2, 8, 8, 64, 64, 64),
+        (3, 5, 9, 24, 72, 128),
+        (1, 11, 13, 72, 24, 64),
+        (7, 6, 6, 136, 200, 128),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let shape = Shape::new(n, h, w, c);
+        check::<f16>(&device, shape, outputs, columns, VARIANTS[i]);
+        check::<bf16>(&device, shape, outputs, columns, VARIANTS[(i + 1) % VARIANTS.len()]);
+    }
+    let long = Shape::new(1, 1, 512 * 128 + 700, 8);
+    check::<bf16>(&device, long, 8, 64, Variant { input: InputKind::Plain, ..VARIANTS[2] });
+}
+
+#[test]
+fn warpgroups_are_the_reference_s_bit_for_bit_again() {
+    let Some(device) = device() else { return };
+    for (shape, outputs, columns, variant) in
+        [(Shape::new(3, 9, 13, 72), 136, 128, VARIANTS[2]), (Shape::new(2, 10, 11, 136), 40, 64, VARIANTS[1])]
+    {
+        let data = Data::<bf16> { choices: wgmma(columns), ..Data::random(shape, outputs, 5) };
+        let run = |seed| {
+            if let Some(control) = device.host_control() {
+                control.shuffle(seed);
+            }
+            on_device(&device, &data, variant)
+        };
+        let first = run(0);
+        first.iter().for_each(|actual| check_outcome(&data, variant, actual));
+        assert!(first == run(1));
+    }
+}
+
+/// They are taken where they are chosen: elements of 16 bits, and not through a gate.
+#[test]
+fn warpgroups_are_taken_where_they_are_chosen() {
+    let x = Shape::new(4, 19, 19, 160);
+    let rule = PointwiseWork::new(x, 960, Dtype::Bf16).unwrap();
+    let (plain, silu) = (OutputKind::Plain, GradientKind::Silu);
+    let work = rule.with(wgmma(128)).unwrap();
+    assert_eq!(work.fprop(InputKind::Plain, plain).kernel, "pointwise_fprop_wgmma128_bf16");
+    assert_eq!(work.backward(InputKind::Silu, silu).kernel, "pointwise_backward_wgmma64_bf16");
+    let gated = work.backward(InputKind::Gated, GradientKind::Gated);
+    assert_eq!(gated.kernel, "pointwise_backward_gated_bf16");
+    assert_eq!(
+        rule.with(wgmma(64)).unwrap().fprop(InputKind::Plain, plain).kernel,
+        "pointwise_fprop_wgmma64_bf16"
+    );
+    assert!(!rule.fprop(InputKind::Plain, plain).kernel.contains("wgmma"));
+    // Two blocks find place on a multiprocessor of Hopper: 227 KB and 1 KB of each.
+    for work in [work.fprop(InputKind::Plain, plain), work.backward(InputKind::Silu, silu)] {
+        assert!(work.shared + 3 * 1024 <= 114 * 1024, "{} needs {} bytes", work.kernel, work.shared);
+    }
+    for (outputs, dtype, columns) in [(960, Dtype::F32, 64), (960, Dtype::Tf32, 128), (64, Dtype::Bf16, 128)]
+    {
+        let work = PointwiseWork::new(x, outputs, dtype).unwrap();
+        let choices = Choices::only(Launch::Fprop, wgmma(columns).fprop);
+        assert!(matches!(work.with(choices), Err(Error::Shape { .. })), "{outputs} {dtype}");
+    }
+}
+
 /// What tf32 has no bits for is gone before it is multiplied, in every direction; elements of other types are no tf32.
 #[test]
 fn tf32_rounds_the_factors() {
@@ -795,6 +883,69 @@ fn one_pass_is_the_reference_s() {
     }
 }
 
+/// Both gradients in several windows: runs of several tiles, with sums or with a skip, and of an image; the last window of fewer
+/// pixels; splits side by side, and one that is left without pixels.
+const WINDOWS: [(Shape, usize, Dtype, Variant); 5] = [
+    (Shape::new(1, 23, 31, 8), 136, Dtype::Tf32, VARIANTS[2]),
+    (Shape::new(1, 21, 32, 136), 72, Dtype::F32, VARIANTS[0]),
+    (Shape::new(11, 1, 61, 8), 24, Dtype::F32, VARIANTS[1]),
+    (Shape::new(13, 5, 13, 16), 24, Dtype::F16, VARIANTS[1]),
+    (Shape::new(1, 7, 191, 8), 136, Dtype::Bf16, VARIANTS[3]),
+];
+
+#[test]
+fn windows_are_exact() {
+    let Some(device) = device() else { return };
+    for (shape, outputs, dtype, variant) in WINDOWS {
+        let work = PointwiseWork::new(shape, outputs, dtype).unwrap();
+        assert!(work.backward_in(Passes::Interleaved, variant.input, variant.gradient).is_some(), "{shape}");
+        let variant = Variant { act: Activation::Identity, ..variant };
+        match dtype {
+            Dtype::F32 | Dtype::Tf32 => check_integers_in::<f32>(&device, dtype, shape, outputs, variant),
+            Dtype::F16 => check_integers::<f16>(&device, shape, outputs, variant),
+            Dtype::Bf16 => check_integers::<bf16>(&device, shape, outputs, variant),
+        }
+    }
+}
+
+#[test]
+fn windows_are_the_reference_s() {
+    let Some(device) = device() else { return };
+    for (shape, outputs, variant) in
+        [(Shape::new(1, 23, 31, 8), 136, VARIANTS[2]), (Shape::new(11, 1, 61, 8), 24, VARIANTS[1])]
+    {
+        check(&device, &Data::<bf16>::random(shape, outputs, 7), variant);
+    }
+}
+
+/// Windows are taken where they are chosen, with no more bytes than two passes ask for; the blocks are those that the grids
+/// say, whatever the windows.
+#[test]
+fn windows_are_taken_where_they_are_chosen() {
+    let (plain, gated) = (GradientKind::Plain { skip: true }, GradientKind::Gated);
+    let chosen = Choices::only(Launch::Backward, Choice::by(Way::Interleaved).columns(128).blocks(528));
+    for (x, outputs, input, output) in [
+        (Shape::new(256, 19, 19, 160), 960, InputKind::Plain, plain),
+        (Shape::new(256, 10, 10, 256), 1536, InputKind::Plain, plain),
+        (Shape::new(256, 19, 19, 960), 160, InputKind::Gated, gated),
+    ] {
+        let rule = PointwiseWork::new(x, outputs, Dtype::Bf16).unwrap();
+        assert_eq!(rule.passes(input, output), Passes::Two, "{x}");
+        let work = rule.with(chosen).unwrap();
+        assert_eq!(work.passes(input, output), Passes::Interleaved, "{x}");
+        let (launch, two) = (work.backward(input, output), rule.backward(input, output));
+        assert_eq!(launch.kernel, two.kernel);
+        assert!(launch.cost.bytes <= two.cost.bytes && launch.cost.bytes * 100 > two.cost.bytes * 95, "{x}");
+        assert!(work.workspace_floats() >= work.floats_in(Passes::Interleaved));
+    }
+    // Few pixels make one window.
+    let work = PointwiseWork::new(Shape::new(2, 7, 7, 160), 960, Dtype::Bf16).unwrap();
+    assert!(
+        work.with(chosen).is_err()
+            && work.backward_in(Passes::Interleaved, InputKind::Plain, plain).is_none()
+    );
+}
+
 /// An input whose SiLU is of one normalisation, and a gradient through another; and one pass where there is none.
 #[test]
 fn operands_that_do_not_fit_each_other_are_refused() {
@@ -802,7 +953,8 @@ fn operands_that_do_not_fit_each_other_are_refused() {
     let stream = device.compute();
     let shape = Shape::new(2, 3, 3, 16);
     let plan = Pointwise::<bf16>::plan(&device, shape, 24).unwrap();
-    let mut workspace = Workspace::new(&device, plan.work().one_pass_floats()).unwrap();
+    let mut workspace =
+        Workspace::new(&device, plan.workspace_floats().max(plan.work().floats_in(Passes::One))).unwrap();
     let (x, y, weight) = (device.zeros(288).unwrap(), device.zeros(432).unwrap(), device.zeros(384).unwrap());
     let (x, y, weight) = (x.as_view(), y.as_view(), weight.as_view());
     let vectors = device.zeros::<f32>(1024).unwrap();
@@ -915,6 +1067,7 @@ fn results_repeat_bit_for_bit() {
         (Shape::new(5, 13, 17, 72), 200, VARIANTS[2]),
         (Shape::new(3, 12, 11, 72), 40, VARIANTS[1]),
         (Shape::new(5, 13, 17, 264), 72, VARIANTS[2]),
+        (Shape::new(13, 5, 13, 16), 24, VARIANTS[1]),
     ] {
         let data = Data::<bf16>::random(shape, outputs, 4);
         let run = |seed| {

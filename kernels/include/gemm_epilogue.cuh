@@ -16,15 +16,17 @@ struct GemmGrid {
     /// Row tiles of a run, runs, column groups.
     unsigned tiles, runs, groups;
 
-    __device__ __forceinline__ unsigned run() const { return blockIdx.x / groups; }
-    __device__ __forceinline__ unsigned group() const { return blockIdx.x % groups; }
+    /// Of the block of this number.
+    __device__ __forceinline__ unsigned run(unsigned block = blockIdx.x) const { return block / groups; }
+    __device__ __forceinline__ unsigned group(unsigned block = blockIdx.x) const { return block % groups; }
     /// The rows of `run` where there are `rows` in all.
     template <class Tile> __device__ __forceinline__ unsigned rows_of(unsigned run, unsigned rows) const {
         return min(tiles * Tile::bm, rows - run * tiles * Tile::bm);
     }
-    template <class Tile> __device__ __forceinline__ GemmWalk walk(unsigned rows, unsigned k) const {
-        return {run() * tiles * Tile::bm, (rows_of<Tile>(run(), rows) + Tile::bm - 1) / Tile::bm,
-                group() * Tile::bn, 0, (k + Tile::bk - 1) / Tile::bk};
+    template <class Tile>
+    __device__ __forceinline__ GemmWalk walk(unsigned rows, unsigned k, unsigned block = blockIdx.x) const {
+        return {run(block) * tiles * Tile::bm, (rows_of<Tile>(run(block), rows) + Tile::bm - 1) / Tile::bm,
+                group(block) * Tile::bn, 0, (k + Tile::bk - 1) / Tile::bk};
     }
 };
 
@@ -236,11 +238,12 @@ template <class Tile, unsigned count> struct GradientEpilogue {
         }
     }
 
-    /// Leaves the two sums of the block's run; the last block of the group finishes them. `partial` is [runs, 2, width].
-    __device__ __forceinline__ void finish(const GemmGrid& grid, float* partial, unsigned* counters,
+    /// Leaves the two sums of the run of the grid's `block`; the last block of the group finishes them. `partial` is
+    /// [runs, 2, width].
+    __device__ __forceinline__ void finish(const GemmGrid& grid, unsigned block, float* partial, unsigned* counters,
                                            const OwedFinish& owed) {
         if (!to.y) return;
-        const unsigned run = grid.run(), group = grid.group();
+        const unsigned run = grid.run(block), group = grid.group(block);
         each_sum(group * Tile::bn, [&](unsigned k, unsigned column, float sum) {
             partial[(run * 2 + k) * width + column] = sum;
         });

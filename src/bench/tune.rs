@@ -16,7 +16,7 @@ use crate::kernels::conv3x3::{Conv3x3, Conv3x3Shape};
 use crate::kernels::depthwise::{BackwardKind, Depthwise, DepthwiseShape};
 use crate::kernels::fused::{Convolution, ConvolutionPass, FusedElement};
 use crate::kernels::pointwise::{Pointwise, PointwiseWork};
-use crate::kernels::tuning::{Choice, Choices, Launch, Tuning, key};
+use crate::kernels::tuning::{self, Choice, Choices, Launch, Tuning, key};
 use crate::kernels::{
     Arrival, Debt, GradientKind, GradientOutput, GradientView, Input, InputKind, Output, OutputKind,
     Statistics, Work, Workspace,
@@ -416,16 +416,18 @@ pub fn measure<T: FusedElement>(
     let Convolution { conv, x, .. } = convolution;
     let rule = Plan::<T>::new(device, &convolution, dtype, Choices::default())?;
     let mut plans = vec![(Choice::default(), Ok(rule))];
-    for choice in possible(candidate, dtype)? {
+    let can_run = |choice: &Choice| choice.way != Some(tuning::Way::Wgmma) || device.has_wgmma();
+    for choice in possible(candidate, dtype)?.into_iter().filter(can_run) {
         plans.push((choice, Plan::new(device, &convolution, dtype, Choices::only(launch, choice))));
     }
-    // Choices that come to the same launch are one way; layouts of other ranks are others, whatever they take.
+    // Choices that come to the same launch are one way; layouts of other ranks and another order of the same blocks are
+    // others, whatever they take.
     let mut seen = Vec::new();
     plans.retain(|(choice, plan)| match plan {
         Err(_) => true,
         Ok(plan) => {
             let Work { kernel, grid, shared, .. } = plan.work(candidate);
-            let way = (kernel, grid, shared, choice.rank);
+            let way = (kernel, grid, shared, choice.rank, choice.way == Some(tuning::Way::Interleaved));
             let new = !seen.contains(&way);
             if new {
                 seen.push(way);

@@ -12,7 +12,9 @@
 //!
 //! Both gradients come of one launch. It reads what they are made of once ([`Passes::One`], `pointwise_one_pass`) where
 //! channels are few enough and that moves clearly fewer bytes, partial results and what column groups read again included;
-//! otherwise the blocks of one gradient are followed by those of the other ([`Passes::Two`]).
+//! otherwise the blocks of one gradient are followed by those of the other ([`Passes::Two`]). A tuning may choose to
+//! have them follow each other in each of several windows of the pixels ([`Passes::Interleaved`]): the same bytes
+//! are asked for, but the second time closely after the first, when a cache may still have them.
 
 use super::gemm::{
     BLOCKS, ForwardArgument, GradientArgument, Grid, InputArgument, RUNS, THREADS, TargetArgument, Tile,
@@ -28,8 +30,8 @@ use super::tuning::{Choice, Choices, Launch, Way};
 use super::work::{Cost, Work};
 use super::workspace::Workspace;
 use crate::backend::Activation;
-use crate::device::cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut};
-use crate::device::{Device, Entry, Family, Kernel, Operands};
+use crate::device::cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
+use crate::device::{Argument, Device, Entry, Family, Kernel, Operands};
 use crate::tensor::{Dtype, MAX_ELEMENTS, Shape};
 use crate::{Error, Result};
 use std::marker::PhantomData;
@@ -39,7 +41,7 @@ const FPROP: &str = "{48:8}p{32:8}I{12:4}{56:8}pp";
 const DGRAD: &str = "{56:8}p{32:8}I{12:4}{40:8}pp";
 const GATED: &str = "{56:8}p{32:8}I{12:4}p";
 const WGRAD: &str = "{56:8}{48:8}p{16:4}pp";
-const BACKWARD: &str = "{56:8}p{32:8}{48:8}p{12:4}{16:4}{40:8}ppp";
+const BACKWARD: &str = "{56:8}p{32:8}{48:8}p{12:4}{16:4}{12:4}{40:8}ppp";
 const BIAS: &str = "pppIII";
 
 const fn entry(name: &'static str, signature: &'static str) -> Entry {
@@ -56,12 +58,18 @@ pub const FAMILY: Family = Family {
         entry("pointwise_fprop_narrow_bf16", FPROP),
         entry("pointwise_fprop_wide_f16", FPROP),
         entry("pointwise_fprop_wide_bf16", FPROP),
+        entry("pointwise_fprop_wgmma64_f16", FPROP),
+        entry("pointwise_fprop_wgmma64_bf16", FPROP),
+        entry("pointwise_fprop_wgmma128_f16", FPROP),
+        entry("pointwise_fprop_wgmma128_bf16", FPROP),
         entry("pointwise_dgrad_narrow_f32", DGRAD),
         entry("pointwise_dgrad_narrow_tf32", DGRAD),
         entry("pointwise_dgrad_narrow_f16", DGRAD),
         entry("pointwise_dgrad_narrow_bf16", DGRAD),
         entry("pointwise_dgrad_wide_f16", DGRAD),
         entry("pointwise_dgrad_wide_bf16", DGRAD),
+        entry("pointwise_dgrad_wgmma64_f16", DGRAD),
+        entry("pointwise_dgrad_wgmma64_bf16", DGRAD),
         entry("pointwise_dgrad_gated_f32", GATED),
         entry("pointwise_dgrad_gated_tf32", GATED),
         entry("pointwise_dgrad_gated_f16", GATED),
@@ -76,6 +84,8 @@ pub const FAMILY: Family = Family {
         entry("pointwise_backward_narrow_bf16", BACKWARD),
         entry("pointwise_backward_wide_f16", BACKWARD),
         entry("pointwise_backward_wide_bf16", BACKWARD),
+        entry("pointwise_backward_wgmma64_f16", BACKWARD),
+        entry("pointwise_backward_wgmma64_bf16", BACKWARD),
         entry("pointwise_backward_gated_f32", BACKWARD),
         entry("pointwise_backward_gated_tf32", BACKWARD),
         entry("pointwise_backward_gated_f16", BACKWARD),
@@ -92,13 +102,54 @@ const CLASSIFIER: &str = "classifier";
 /// Classes of a block of the bias's gradient.
 const BIAS_COLUMNS: u32 = 32;
 
+/// Blocks of the weights' gradient that go through a window together: half of two on each of 132 multiprocessors, since both
+/// gradients are as many products.
+const TOGETHER: u32 = 132;
+/// Windows at least, of as many splits.
+const LEAST_WINDOWS: u32 = 3;
+/// Steps along the sum that a run of the input's gradient has at least, so that its pipeline is worth filling, where blocks
+/// are to follow each other through the pixels.
+const RUN_STEPS: u32 = 16;
+
 /// How often both gradients read what they are made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Passes {
     /// Once, for both.
     One,
-    /// Once for each.
+    /// Once for each, one after the other.
     Two,
+    /// Once for each, of the same pixels at about the same time.
+    Interleaved,
+}
+
+/// `BackwardWindows`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Windows {
+    runs: u32,
+    splits: u32,
+    together: u32,
+}
+
+// SAFETY: a plain struct of the layout that the kernels declare.
+unsafe impl DeviceRepr for Windows {}
+
+impl Argument for Windows {
+    const CODE: &'static str = "{12:4}";
+}
+
+/// How the blocks of both gradients are cut and ordered, where each has blocks of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct BackwardGrids {
+    input: Grid,
+    weights: WeightGrid,
+    windows: Windows,
+}
+
+impl BackwardGrids {
+    const fn blocks(&self) -> u32 {
+        self.input.blocks() + self.weights.blocks()
+    }
 }
 
 /// The launches of one shape and element type, known without a device.
@@ -144,8 +195,10 @@ impl PointwiseWork {
         Ok(Self { choices, ..self })
     }
 
-    /// What a tuning can choose from: columns of a tile, how many blocks there are (of a backward in two passes, for the
-    /// gradient of the weights), and whether a backward takes one pass or two. One pass is taken where it is possible.
+    /// What a tuning can choose from: columns of a tile, how many blocks there are (of a backward by blocks of each gradient,
+    /// for that of the weights), and how a backward reads its operands. One pass is taken where it is possible, and
+    /// windows are where there are several. In f16 and bf16 fprop and the gradient of the input, but for one through a gate,
+    /// may be multiplied by wgmma, in two passes, on a device that has it.
     pub fn choices(&self, launch: Launch) -> Vec<Choice> {
         let columns = |channels: usize| match self.dtype {
             Dtype::F16 | Dtype::Bf16 if channels > Tile::NARROW.columns as usize => vec![64, 128],
@@ -157,9 +210,25 @@ impl PointwiseWork {
             columns(channels).into_iter().flat_map(cut).collect::<Vec<_>>()
         };
         match launch {
-            Launch::Fprop => each(None, self.outputs, &[264, 528, 1056, 4096]),
+            Launch::Fprop => {
+                let mut all = each(None, self.outputs, &[264, 528, 1056, 4096]);
+                if self.dtype.bytes() == 2 {
+                    all.extend(each(Some(Way::Wgmma), self.outputs, &[528, 4096]));
+                }
+                all
+            }
             Launch::Backward => {
                 let mut all = each(Some(Way::TwoPasses), self.x.c, &[264, 528, 1056]);
+                if self.dtype.bytes() == 2 {
+                    let narrow = Choice::by(Way::Wgmma).columns(Tile::WGMMA64.columns);
+                    all.extend([264, 528].map(|blocks| narrow.blocks(blocks)));
+                }
+                all.extend(each(Some(Way::Interleaved), self.x.c, &[264, 528, 1056]).into_iter().filter(
+                    |choice| {
+                        let work = Self { choices: Choices::only(Launch::Backward, *choice), ..*self };
+                        Self::KINDS.iter().any(|&(_, output)| work.interleaved(output).is_some())
+                    },
+                ));
                 if Self::KINDS.iter().any(|&(input, output)| self.one_pass(input, output).is_some()) {
                     all.push(Choice::by(Way::OnePass));
                 }
@@ -171,7 +240,11 @@ impl PointwiseWork {
 
     /// The tile for `columns` channels.
     fn tile(&self, columns: usize, choice: Choice) -> &'static Tile {
-        if let Some(chosen) = choice.columns.and_then(Tile::with_columns) {
+        let chosen = match choice.way {
+            Some(Way::Wgmma) => choice.columns.and_then(Tile::by_wgmma),
+            _ => choice.columns.and_then(Tile::with_columns),
+        };
+        if let Some(chosen) = chosen {
             return chosen;
         }
         let wide = Grid::new(self.rows(), columns as u32, &Tile::WIDE);
@@ -271,6 +344,10 @@ impl PointwiseWork {
 
     /// The launch of [`Pointwise::dgrad`].
     pub fn dgrad(&self, output: GradientKind) -> Work {
+        self.dgrad_on(&self.gradient_grid(output), output)
+    }
+
+    fn dgrad_on(&self, grid: &Grid, output: GradientKind) -> Work {
         let c = self.x.c;
         let (dx, elements) = (self.tensor(c), self.x.elements() as u64);
         let (gradient, pay) = self.gradient();
@@ -285,12 +362,12 @@ impl PointwiseWork {
                     0
                 }
             }
-            GradientKind::Silu => dx + 16 * c as u64 + sums(&self.input_grid(), c),
+            GradientKind::Silu => dx + 16 * c as u64 + sums(grid, c),
             GradientKind::Gated => dx + 16 * c as u64 + 20 * (self.x.n * c) as u64,
         };
         Work {
             kernel: self.gradient_kernel("dgrad", output),
-            grid: [self.gradient_grid(output).blocks(), 1, 1],
+            grid: [grid.blocks(), 1, 1],
             shared: tile.shared(2),
             cost: Cost {
                 bytes: gradient + self.weights() + dx + extra,
@@ -320,15 +397,55 @@ impl PointwiseWork {
     }
 
     /// Floats of partial sums of the gradient of the input, and counters.
-    fn gradient_workspace(&self, output: GradientKind) -> (usize, usize) {
-        let Grid { runs, groups, .. } = self.gradient_grid(output);
+    fn gradient_workspace(&self, grid: &Grid, output: GradientKind) -> (usize, usize) {
+        let Grid { runs, groups, .. } = *grid;
         let floats = if output == GradientKind::Gated { 0 } else { 2 * runs as usize * self.x.c };
         (floats, groups as usize)
     }
 
+    /// One gradient after the other, that of the weights first.
+    fn one_after_the_other(&self, output: GradientKind) -> BackwardGrids {
+        let (input, weights) = (self.gradient_grid(output), self.weight_grid());
+        let windows = Windows { runs: input.runs, splits: weights.splits(), together: 1 };
+        BackwardGrids { input, weights, windows }
+    }
+
+    /// In windows: their number is that of the splits that there would be anyhow, by those that go through a window together.
+    /// None if that is not several.
+    fn interleaved(&self, output: GradientKind) -> Option<BackwardGrids> {
+        let whole = self.weight_grid();
+        let step = step_elements(self.dtype.bytes());
+        // To the nearest, at a half to the lower.
+        let together = (2 * TOGETHER + whole.tiles() - 1) / (2 * whole.tiles());
+        let together = together.clamp(1, (whole.splits() / LEAST_WINDOWS).max(1));
+        let (input, rows) = match output {
+            GradientKind::Gated => (self.gradient_grid(output), self.pixels()),
+            GradientKind::Plain { .. } | GradientKind::Silu => {
+                let Grid { groups, .. } = self.input_grid();
+                let (tile, steps) = (self.input_tile(), (self.outputs as u32).div_ceil(step));
+                let row_tiles = self.rows().div_ceil(tile.rows);
+                let least = if output == GradientKind::Silu { row_tiles.div_ceil(RUNS) } else { 1 };
+                let tiles = RUN_STEPS.div_ceil(steps).max(least);
+                (Grid { tiles, runs: row_tiles.div_ceil(tiles), groups }, tiles * tile.rows)
+            }
+        };
+        let runs = input.runs.div_ceil(whole.splits() / together);
+        let windows = input.runs.div_ceil(runs);
+        // A window's splits have all pixels of its runs.
+        let steps = (u64::from(runs) * u64::from(rows)).div_ceil(u64::from(together * step)) as u32;
+        (windows > 1).then(|| BackwardGrids {
+            input,
+            weights: whole.cut(windows * together, steps),
+            windows: Windows { runs, splits: together, together },
+        })
+    }
+
     /// The launch of [`Pointwise::wgrad`].
     pub fn wgrad(&self, input: InputKind) -> Work {
-        let grid = self.weight_grid();
+        self.wgrad_on(&self.weight_grid(), input)
+    }
+
+    fn wgrad_on(&self, grid: &WeightGrid, input: InputKind) -> Work {
         let ((gradient, pay), (owed, pay_input)) = (self.gradient(), self.owed(input));
         let weights = 8 * (self.x.c * self.outputs) as u64;
         Work {
@@ -348,8 +465,11 @@ impl PointwiseWork {
     /// gain would not pay for.
     pub fn passes(&self, input: InputKind, output: GradientKind) -> Passes {
         let one = self.one_pass(input, output);
-        if let Some(way) = self.choices.backward.way {
-            return if way == Way::OnePass && one.is_some() { Passes::One } else { Passes::Two };
+        match self.choices.backward.way {
+            None => {}
+            Some(Way::OnePass) if one.is_some() => return Passes::One,
+            Some(Way::Interleaved) if self.interleaved(output).is_some() => return Passes::Interleaved,
+            Some(_) => return Passes::Two,
         }
         let two = self.two_passes(input, output).cost.bytes;
         let pays =
@@ -363,10 +483,14 @@ impl PointwiseWork {
         self.backward_in(passes, input, output).unwrap_or_else(|| self.two_passes(input, output))
     }
 
-    /// The launch of [`Pointwise::backward_in`]; none if the shape, the type or the operands are not for one pass.
+    /// The launch of [`Pointwise::backward_in`]; none if the shape, the type or the operands are not for one pass, or there
+    /// would be one window alone.
     pub fn backward_in(&self, passes: Passes, input: InputKind, output: GradientKind) -> Option<Work> {
         match passes {
             Passes::Two => Some(self.two_passes(input, output)),
+            Passes::Interleaved => {
+                self.interleaved(output).map(|grids| self.by_blocks_of_each(&grids, input, output))
+            }
             Passes::One => self.one_pass(input, output).map(|one| Work {
                 kernel: one.kernel.into(),
                 grid: [one.blocks(), 1, 1],
@@ -403,10 +527,14 @@ impl PointwiseWork {
     }
 
     fn two_passes(&self, input: InputKind, output: GradientKind) -> Work {
-        let (dgrad, wgrad) = (self.dgrad(output), self.wgrad(input));
+        self.by_blocks_of_each(&self.one_after_the_other(output), input, output)
+    }
+
+    fn by_blocks_of_each(&self, grids: &BackwardGrids, input: InputKind, output: GradientKind) -> Work {
+        let (dgrad, wgrad) = (self.dgrad_on(&grids.input, output), self.wgrad_on(&grids.weights, input));
         Work {
             kernel: self.gradient_kernel("backward", output),
-            grid: [dgrad.grid[0] + wgrad.grid[0], 1, 1],
+            grid: [grids.blocks(), 1, 1],
             shared: dgrad.shared.max(wgrad.shared),
             cost: dgrad.cost + wgrad.cost,
         }
@@ -420,23 +548,33 @@ impl PointwiseWork {
         (InputKind::Gated, GradientKind::Gated),
     ];
 
-    /// Floats of a [`Workspace`] that every launch does with, but for one pass where two are better.
+    /// Floats of a [`Workspace`] that every launch does with, a backward in two passes or in those that are the better.
     pub fn workspace_floats(&self) -> usize {
-        let sums = |grid: Grid, columns: usize| 2 * grid.runs as usize * columns;
-        let two = self.weight_grid().partial() + sums(self.input_grid(), self.x.c);
+        let forward = 2 * self.forward_grid().runs as usize * self.outputs;
         let chosen =
-            Self::KINDS.into_iter().filter(|&(input, output)| self.passes(input, output) == Passes::One);
-        two.max(sums(self.forward_grid(), self.outputs)).max(self.most_floats(chosen))
+            Self::KINDS.map(|(input, output)| self.floats(self.passes(input, output), input, output));
+        chosen.into_iter().fold(forward.max(self.floats_in(Passes::Two)), usize::max)
     }
 
-    /// Floats of a [`Workspace`] that one pass does with wherever it is possible.
-    pub fn one_pass_floats(&self) -> usize {
-        self.most_floats(Self::KINDS)
+    /// Floats of a [`Workspace`] that a backward in these `passes` does with wherever it is possible.
+    pub fn floats_in(&self, passes: Passes) -> usize {
+        let each = Self::KINDS.map(|(input, output)| self.floats(passes, input, output));
+        each.into_iter().fold(0, usize::max)
     }
 
-    fn most_floats(&self, kinds: impl IntoIterator<Item = (InputKind, GradientKind)>) -> usize {
-        let passes = kinds.into_iter().filter_map(|(input, output)| self.one_pass(input, output));
-        passes.map(|one| one.floats()).max().unwrap_or(0)
+    fn floats(&self, passes: Passes, input: InputKind, output: GradientKind) -> usize {
+        let grids = match passes {
+            Passes::One => return self.one_pass(input, output).map_or(0, |one| one.floats()),
+            Passes::Two => Some(self.one_after_the_other(output)),
+            Passes::Interleaved => self.interleaved(output),
+        };
+        grids.map_or(0, |grids| self.backward_workspace(&grids, output).0)
+    }
+
+    /// Floats of partial results of both gradients, and counters.
+    fn backward_workspace(&self, grids: &BackwardGrids, output: GradientKind) -> (usize, usize) {
+        let (floats, groups) = self.gradient_workspace(&grids.input, output);
+        (floats + grids.weights.partial(), groups + grids.weights.counters())
     }
 }
 
@@ -507,6 +645,7 @@ impl<T: RawElement> Pointwise<T> {
     ) -> Result<Self> {
         check_storage::<T>(OPERATION, dtype)?;
         let work = PointwiseWork::new(x, outputs, dtype)?.with(choices)?;
+        choices.check_device(OPERATION, device)?;
         Ok(Self {
             device: device.clone(),
             work,
@@ -607,7 +746,7 @@ impl<T: RawElement> Pointwise<T> {
         output.check(&mut operands, x)?;
         self.check_sums(output.kind())?;
         let (work, grid) = (self.work.dgrad(output.kind()), self.work.gradient_grid(output.kind()));
-        let (floats, groups) = self.work.gradient_workspace(output.kind());
+        let (floats, groups) = self.work.gradient_workspace(&grid, output.kind());
         workspace.check(OPERATION, floats, groups)?;
         let dy = self.gradient_argument(&gradient, stream);
         let inputs = x.c as u32;
@@ -725,7 +864,7 @@ impl<T: RawElement> Pointwise<T> {
         self.backward_in(passes, stream, input, gradient, weight, dx, dweight, output, workspace)
     }
 
-    /// [`backward`](Self::backward) in one pass or in two. The results differ by roundings: sums are taken in another order.
+    /// [`backward`](Self::backward) in these passes. The results differ by roundings: sums are taken in another order.
     ///
     /// # Errors
     /// As for [`backward`](Self::backward), and where [`PointwiseWork::backward_in`] knows no launch.
@@ -756,18 +895,18 @@ impl<T: RawElement> Pointwise<T> {
             self.work.backward_in(passes, input.kind(), output.kind()).ok_or_else(|| Error::Shape {
                 operation: OPERATION,
                 problem: format!(
-                    "there is no single pass for {x} from {} channels in {}",
-                    y_shape.c, self.work.dtype
+                    "there is no backward in {} for {x} from {} channels in {}",
+                    if passes == Passes::One { "a single pass" } else { "several windows" },
+                    y_shape.c,
+                    self.work.dtype
                 ),
             })?;
         let one = self.work.one_pass(input.kind(), output.kind()).filter(|_| passes == Passes::One);
-        let (grid, weight_grid) = (self.work.gradient_grid(output.kind()), self.work.weight_grid());
+        let windows = self.work.interleaved(output.kind()).filter(|_| passes == Passes::Interleaved);
+        let grids = windows.unwrap_or_else(|| self.work.one_after_the_other(output.kind()));
         let (floats, counters) = match &one {
             Some(one) => (one.floats(), one.counters()),
-            None => {
-                let (floats, groups) = self.work.gradient_workspace(output.kind());
-                (floats + weight_grid.partial(), groups + weight_grid.counters())
-            }
+            None => self.work.backward_workspace(&grids, output.kind()),
         };
         workspace.check(OPERATION, floats, counters)?;
         let dy = self.gradient_argument(&gradient, stream);
@@ -798,10 +937,11 @@ impl<T: RawElement> Pointwise<T> {
         }
         let mut launch = kernel.on(stream);
         launch.value(&dy).input(weight).value(&to).value(&input).output(dweight);
-        launch.value(&grid).value(&weight_grid).value(&owed).optional(sums);
+        launch.value(&grids.input).value(&grids.weights).value(&grids.windows).value(&owed).optional(sums);
         launch.output(&mut partial).output(&mut counters);
-        // SAFETY: as in `dgrad` for the first blocks and in `wgrad` for the others, whose partial tiles and counters lie
-        // behind the partial sums and counters of the first.
+        // SAFETY: as in `wgrad` for a window's first blocks and in `dgrad` for the others; partial tiles and counters of the
+        // first lie behind partial sums and counters of the others. There are as many blocks of each as their grids
+        // have: all windows have as many splits, and all but the last as many runs.
         unsafe { launch.run(work.grid, work.shared, shapes) }
     }
 }
@@ -1067,5 +1207,45 @@ impl<T: RawElement> Classifier<T> {
         unsafe { launch.run(work.grid, work.shared, shapes) }?;
         let input = InputArgument::new(&Input::Plain(features), stream, images, inputs, 1);
         launch_wgrad(&self.wgrad, &products, InputKind::Plain, stream, (&dy, &input), dweight, workspace)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Windows have all pixels once, no more partial results than two passes, and begin for both gradients where they do for
+    /// one of them, but for what its last steps are too long.
+    #[test]
+    fn windows_are_at_the_same_pixels() {
+        for (n, side) in [(1, 1), (1, 40), (3, 19), (64, 10), (256, 38), (1000, 3)] {
+            for (inputs, outputs) in [(8, 8), (64, 256), (160, 960), (960, 160), (640, 3840), (1536, 256)] {
+                for dtype in [Dtype::F32, Dtype::Bf16] {
+                    let work = PointwiseWork::new(Shape::new(n, side, side, inputs), outputs, dtype).unwrap();
+                    for (_, output) in PointwiseWork::KINDS {
+                        let two = work.one_after_the_other(output);
+                        assert_eq!(two.windows.together, 1);
+                        let Some(BackwardGrids { input, weights, windows }) = work.interleaved(output) else {
+                            continue;
+                        };
+                        let what = format!("{work:?} {output:?} {input:?} {weights:?} {windows:?}");
+                        let count = input.runs.div_ceil(windows.runs);
+                        assert!(count > 1 && windows.splits == windows.together, "{what}");
+                        assert_eq!(weights.splits(), count * windows.splits, "{what}");
+                        assert!(weights.splits() <= two.weights.splits(), "{what}");
+                        let rows = if output == GradientKind::Gated {
+                            work.pixels()
+                        } else {
+                            input.tiles * work.input_tile().rows
+                        };
+                        let [all, run, last] = [work.rows(), input.runs * rows, (input.runs - 1) * rows];
+                        assert!(run >= all && last < all, "{what}");
+                        let step = windows.together * step_elements(dtype.bytes());
+                        let [window, of_runs] = [weights.steps() * step, windows.runs * rows];
+                        assert!((of_runs..of_runs + step).contains(&window), "{what}");
+                    }
+                }
+            }
+        }
     }
 }

@@ -14,7 +14,13 @@ case $1 in
 devices) [ -z "$FAKE_GPU" ] || echo 'GPU 0: "a \\\\ GPU"' ;;
 bench)
     case $2 in
-    step) echo 'error: step cannot' >&2 && exit 1 ;;
+    step)
+        case $FAKE_STEP$* in
+        old*overlap*) echo 'error: --overlap = on: too old' >&2 && exit 2 ;;
+        bad*overlap* | bench*) echo 'error: step cannot' >&2 && exit 1 ;;
+        *overlap*) echo 'training   300  18.75   0.4 %' ;;
+        *) echo 'training   300  20.5   0.4 %' && echo 'inference   300  5.1   0.4 %' ;;
+        esac ;;
     blocks) echo $$ >"$FAKE_PID" && exec sleep 60 ;;
     esac ;;
 esac
@@ -53,9 +59,9 @@ class Bundle(unittest.TestCase):
                 os.chmod(path("source", name), 0o755)
                 archive.add(path("source", name), name)
 
-    def run_script(self, *args, gpu="1"):
+    def run_script(self, *args, gpu="1", step=""):
         """Exit code, the parts of the summary by their names, and the summary."""
-        environment = {**os.environ, "FAKE_GPU": gpu, "FAKE_PID": os.path.join(self.folder, "pid")}
+        environment = {**os.environ, "FAKE_GPU": gpu, "FAKE_STEP": step, "FAKE_PID": os.path.join(self.folder, "pid")}
         command = [os.path.join(self.folder, "run.sh"), "--out", os.path.join(self.folder, "results"),
                    "--python", "/nonexistent", *args]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90)
@@ -73,6 +79,15 @@ class Bundle(unittest.TestCase):
                                                  "not finished: c_kernels")
         self.assertEqual(parts["step"]["note"], "error: step cannot")
         self.assertEqual(parts["peers"]["note"], "no /nonexistent")
+
+    def test_a_step_is_measured_with_kernels_that_overlap_where_that_can_be(self):
+        for step, state, note in (
+                ("new", "passed", "on the GPU: a training step takes 20.5 ms, with --overlap on 18.75 ms: step.json, overlap/step.json"),
+                ("old", "passed", "on the GPU: a training step takes 20.5 ms, --overlap on cannot be: step.json"),
+                ("bad", "failed", "on the GPU: step.json, step.svg")):
+            with self.subTest(step):
+                _, parts, _ = self.run_script("--only", "step", step=step)
+                self.assertEqual((parts["step"]["state"], parts["step"]["note"]), (state, note))
 
     def test_a_part_that_takes_too_long_is_ended(self):
         start = time.monotonic()

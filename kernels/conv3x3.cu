@@ -32,6 +32,8 @@
 // conv3x3_fprop_tiles, conv3x3_dgrad_tiles, conv3x3_dgrad_cells: the same results, rows being pixels of spatial tiles or cells,
 //   k (32 channels, tap, channel). Grid runs * groups as in GemmGrid, runs of tiles. A block fetches for each tile its halo,
 //   1.3 times its pixels, and the weights of its columns.
+// conv3x3_fprop_wgmma, conv3x3_dgrad_wgmma: as _tiles, with the same bytes, by Products::of_warpgroup. On sm_90a; elsewhere a
+//   trap.
 // conv3x3_wgrad_f32: rows are outputs, columns (kh, kw, i), k are pixels of y. Grid splits * tiles as in WeightGrid. Least
 //   bytes: g, y, x and twice dweight; with splits their partial tiles.
 // conv3x3_wgrad_24, _32, _40 (inputs of a warp) _s1, _s2 (the stride), f16 and bf16: grid splits * tiles as in
@@ -299,6 +301,8 @@ __device__ __forceinline__ void dgrad(const T* g, const T* y, const float* owed,
     gemm<Tile, Major::k, Major::rows>(rows, columns, walk, epilogue);
 }
 
+constexpr Products products_of_tiles = Products::of_warps, products_of_wgmma = Products::of_warpgroup;
+
 /// A block's spatial tiles.
 __device__ __forceinline__ ConvWalk tile_walk(const ConvTiles& tiles, const GemmGrid& grid, unsigned bn) {
     const unsigned first = grid.run() * grid.tiles;
@@ -412,44 +416,58 @@ __device__ __forceinline__ void wgrad(const T* g, const T* y, const float* owed,
     }                                                                                                        \
     EFFNETV2_KERNEL(conv3x3_wgrad_##suffix)
 
-#define EFFNETV2_CONV3X3_FPROP_TILES(suffix, T, columns, blocks)                                             \
-    extern "C" __global__ void __launch_bounds__(128, blocks) conv3x3_fprop_tiles##columns##_##suffix(       \
+/// `name` says by which products, and whoever launches them on a device without such finds a trap.
+#define EFFNETV2_CONV3X3_FPROP_TILES(suffix, T, name, columns, blocks)                                       \
+    extern "C" __global__ void __launch_bounds__(128, blocks) conv3x3_fprop_##name##columns##_##suffix(      \
         const T* x, const T* weight, T* y, const float* bias, const T* skip, float* partial,                 \
         unsigned* counters, const NormFinish norm, const ConvTiles tiles, unsigned inputs, unsigned outputs, \
         unsigned silu, unsigned moments, const GemmGrid grid) {                                              \
         after_predecessors();                                                                                \
-        fprop_tiles<ConvTileOf<T, columns>>(x, weight, ForwardOutput<T>{y, bias, skip, silu, moments},       \
-                                            tiles, inputs, outputs, grid, norm, partial, counters);          \
+        if constexpr (exist<products_of_##name>)                                                             \
+            fprop_tiles<ConvTileOf<T, 256, columns, products_of_##name>>(                                    \
+                x, weight, ForwardOutput<T>{y, bias, skip, silu, moments}, tiles, inputs, outputs, grid,     \
+                norm, partial, counters);                                                                    \
+        else                                                                                                 \
+            __trap();                                                                                        \
     }                                                                                                        \
-    EFFNETV2_KERNEL(conv3x3_fprop_tiles##columns##_##suffix)
+    EFFNETV2_KERNEL(conv3x3_fprop_##name##columns##_##suffix)
 
-#define EFFNETV2_CONV3X3_DGRAD_TILES(suffix, T, columns, blocks)                                             \
-    extern "C" __global__ void __launch_bounds__(128, blocks) conv3x3_dgrad_tiles##columns##_##suffix(       \
+#define EFFNETV2_CONV3X3_DGRAD_TILES(suffix, T, name, columns, blocks)                                       \
+    extern "C" __global__ void __launch_bounds__(128, blocks) conv3x3_dgrad_##name##columns##_##suffix(      \
         const T* g, const T* y, const float* owed, const T* weight, const T* skip, T* dx,                    \
         const ConvTiles tiles, unsigned inputs, unsigned outputs, const GemmGrid grid) {                     \
         after_predecessors();                                                                                \
-        dgrad_tiles<ConvTileOf<T, columns>>(g, y, owed, weight, skip, dx, tiles, inputs, outputs, grid);     \
+        if constexpr (exist<products_of_##name>)                                                             \
+            dgrad_tiles<ConvTileOf<T, 256, columns, products_of_##name>>(g, y, owed, weight, skip, dx,       \
+                                                                         tiles, inputs, outputs, grid);      \
+        else                                                                                                 \
+            __trap();                                                                                        \
     }                                                                                                        \
-    EFFNETV2_KERNEL(conv3x3_dgrad_tiles##columns##_##suffix)
+    EFFNETV2_KERNEL(conv3x3_dgrad_##name##columns##_##suffix)
 
 #define EFFNETV2_CONV3X3_DGRAD_CELLS(suffix, T, columns, rows, blocks)                                       \
     extern "C" __global__ void __launch_bounds__(128, blocks) conv3x3_dgrad_cells##columns##_##suffix(       \
         const T* g, const T* y, const float* owed, const T* weight, const T* skip, T* dx,                    \
         const CellStride cells, unsigned inputs, unsigned outputs, const GemmGrid grid) {                    \
         after_predecessors();                                                                                \
-        dgrad_cells<GemmTile<T, rows, columns, 4, 1, 3>>(g, y, owed, weight, skip, dx, cells, inputs,        \
-                                                         outputs, grid);                                     \
+        dgrad_cells<ConvTileOf<T, rows, columns>>(g, y, owed, weight, skip, dx, cells, inputs,               \
+                                                  outputs, grid);                                            \
     }                                                                                                        \
     EFFNETV2_KERNEL(conv3x3_dgrad_cells##columns##_##suffix)
 
-#define EFFNETV2_CONV3X3_TILES(suffix, T)              \
-    EFFNETV2_CONV3X3_DGRAD_CELLS(suffix, T, 32, 128, 2) \
-    EFFNETV2_CONV3X3_DGRAD_CELLS(suffix, T, 48, 64, 3) \
-    EFFNETV2_CONV3X3_FPROP_TILES(suffix, T, 32, 4)     \
-    EFFNETV2_CONV3X3_FPROP_TILES(suffix, T, 64, 2)     \
-    EFFNETV2_CONV3X3_DGRAD_TILES(suffix, T, 32, 4)     \
-    EFFNETV2_CONV3X3_DGRAD_TILES(suffix, T, 48, 3)     \
-    EFFNETV2_CONV3X3_DGRAD_TILES(suffix, T, 64, 2)
+#define EFFNETV2_CONV3X3_TILES(suffix, T)                 \
+    EFFNETV2_CONV3X3_DGRAD_CELLS(suffix, T, 32, 128, 2)   \
+    EFFNETV2_CONV3X3_DGRAD_CELLS(suffix, T, 48, 64, 3)    \
+    EFFNETV2_CONV3X3_FPROP_TILES(suffix, T, tiles, 32, 4) \
+    EFFNETV2_CONV3X3_FPROP_TILES(suffix, T, tiles, 64, 2) \
+    EFFNETV2_CONV3X3_DGRAD_TILES(suffix, T, tiles, 32, 4) \
+    EFFNETV2_CONV3X3_DGRAD_TILES(suffix, T, tiles, 48, 3) \
+    EFFNETV2_CONV3X3_DGRAD_TILES(suffix, T, tiles, 64, 2) \
+    EFFNETV2_CONV3X3_FPROP_TILES(suffix, T, wgmma, 32, 3) \
+    EFFNETV2_CONV3X3_FPROP_TILES(suffix, T, wgmma, 64, 2) \
+    EFFNETV2_CONV3X3_DGRAD_TILES(suffix, T, wgmma, 32, 3) \
+    EFFNETV2_CONV3X3_DGRAD_TILES(suffix, T, wgmma, 48, 3) \
+    EFFNETV2_CONV3X3_DGRAD_TILES(suffix, T, wgmma, 64, 2)
 
 EFFNETV2_CONV3X3_TILES(f16, f16)
 EFFNETV2_CONV3X3_TILES(bf16, bf16)

@@ -4,7 +4,9 @@
 // in a fixed order; kernels in tf32 are those of f32 with their products on tensor cores. Channels are multiples of 8, arrays aligned to 16 bytes. x owes what GemmInput says (SiLU of a
 // normalisation, a gate), the gradient of y what GemmGradient says (batch norm's backward, stochastic depth); both are paid
 // on load. The mainloop is gemm.cuh: 128 x 128 (wide), 128 x 64 (narrow) or, for dW, 64 x 128 tiles; f16 and bf16 on
-// tensor cores, f32 in plain arithmetic or in tf32. Each is 2 * pixels * inputs * outputs operations.
+// tensor cores, f32 in plain arithmetic or in tf32. Each is 2 * pixels * inputs * outputs operations. In kernels of wgmma128 and
+// wgmma64 warpgroups multiply, in the tiles of wide and narrow, but for dW; they run on sm_90a alone. The gradient of x has
+// no wide ones: with 128 columns its epilogue finds too few registers, since wgmma's accumulators lie side by side.
 //
 // pointwise_fprop: y, as ForwardOutput says: with the moments of batch norm, or folded for inference. Grid runs * groups as
 //   in GemmGrid, groups of `bn` outputs. Least bytes: x, W and y once, skip if any; partial moments 8 * runs * outputs
@@ -36,6 +38,8 @@ constexpr unsigned threads = 256;
 template <class T> using Wide = GemmTile<T, 128, 128, 2, 4, 3>;
 template <class T> using Narrow = GemmTile<T, 128, 64, 4, 2, 3>;
 template <class T> using Weights = GemmTile<T, 64, 128, 2, 4, 3>;
+template <class T> using Wgmma128 = WarpgroupTile<T, 128, 128, 8, 3>;
+template <class T> using Wgmma64 = WarpgroupTile<T, 128, 64, 8, 3>;
 template <class T> using NarrowTf32 = GemmTile<T, 128, 64, 4, 2, 3, true>;
 template <class T> using WeightsTf32 = GemmTile<T, 64, 128, 2, 4, 3, true>;
 
@@ -43,6 +47,7 @@ template <class Tile, class T>
 __device__ __forceinline__ void fprop(const GemmInput<T>& x, const T* weight, const ForwardOutput<T>& to,
                                       unsigned outputs, const GemmGrid& grid, const NormFinish& norm,
                                       float* partial, unsigned* counters) {
+    if constexpr (!can_run<Tile>) return __trap();
     using Memory = GemmMemory<Tile, GemmInput<T>, GemmMatrix<T>>;
     const GemmMatrix<T> columns{weight, outputs, x.width};
     ForwardEpilogue<Tile> epilogue(to, x.height, outputs, dynamic_shared<float>(Memory::bytes));
@@ -54,6 +59,7 @@ template <class Tile, class T>
 __device__ __forceinline__ void dgrad(const GemmGradient<T>& dy, const T* weight, const GradientTarget<T>& to,
                                       unsigned inputs, const GemmGrid& grid, unsigned block,
                                       const OwedFinish& owed, float* partial, unsigned* counters) {
+    if constexpr (!can_run<Tile>) return __trap();
     const GemmMatrix<T> columns{weight, dy.width, inputs};
     GradientEpilogue<Tile, 2> epilogue(to, dy.height, inputs);
     gemm<Tile, Major::k, Major::rows>(dy, columns, grid.walk<Tile>(dy.height, dy.width, block), epilogue);
@@ -106,6 +112,7 @@ __device__ __forceinline__ void backward(const GemmGradient<T>& dy, const T* wei
                                          const GemmInput<T>& x, float* dweight, const GemmGrid& grid,
                                          const WeightGrid& weights, const BackwardWindows& windows,
                                          const OwedFinish& owed, float* sums, float* partial, unsigned* counters) {
+    if constexpr (!can_run<Tile>) return __trap();
     const unsigned of_weights = windows.splits * weights.row_tiles * weights.column_tiles;
     const unsigned of_input = windows.runs * grid.groups;
     const unsigned window = blockIdx.x / (of_weights + of_input), place = blockIdx.x % (of_weights + of_input);
@@ -218,12 +225,20 @@ __device__ __forceinline__ void classifier_bias(const T* dlogits, T* padded, flo
     EFFNETV2_POINTWISE_DGRAD(wide_##suffix, T, Wide, 2)                                                      \
     EFFNETV2_POINTWISE_BACKWARD(wide_##suffix, T, Wide, Weights, false)
 
+#define EFFNETV2_POINTWISE_WGMMA(suffix, T)                                                                  \
+    EFFNETV2_POINTWISE_FPROP(wgmma64_##suffix, T, Wgmma64, 2)                                                \
+    EFFNETV2_POINTWISE_DGRAD(wgmma64_##suffix, T, Wgmma64, 2)                                                \
+    EFFNETV2_POINTWISE_BACKWARD(wgmma64_##suffix, T, Wgmma64, Weights, false)                                \
+    EFFNETV2_POINTWISE_FPROP(wgmma128_##suffix, T, Wgmma128, 2)
+
 EFFNETV2_POINTWISE(f32, float, Narrow, Weights)
 EFFNETV2_POINTWISE(tf32, float, NarrowTf32, WeightsTf32)
 EFFNETV2_POINTWISE(f16, f16, Narrow, Weights)
 EFFNETV2_POINTWISE(bf16, bf16, Narrow, Weights)
 EFFNETV2_POINTWISE_WIDE(f16, f16)
 EFFNETV2_POINTWISE_WIDE(bf16, bf16)
+EFFNETV2_POINTWISE_WGMMA(f16, f16)
+EFFNETV2_POINTWISE_WGMMA(bf16, bf16)
 EFFNETV2_POINTWISE_BIAS(f32, float)
 EFFNETV2_POINTWISE_BIAS(f16, f16)
 EFFNETV2_POINTWISE_BIAS(bf16, bf16)

@@ -86,6 +86,14 @@ pub enum Error {
         /// Why, and how to build them.
         problem: String,
     },
+    /// Kernels cannot begin before the last one's end.
+    #[error("{device} cannot overlap kernels: {problem}")]
+    NoOverlap {
+        /// The GPU.
+        device: String,
+        /// Why, and what to do.
+        problem: String,
+    },
     /// The driver refused or failed.
     #[error("cannot {action}: {text} ({name}){remedy}")]
     Driver {

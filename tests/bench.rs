@@ -110,6 +110,7 @@ fn steps_are_measured_at_every_size() {
     );
     for result in &report.results {
         assert!(result.images_per_second > 0.0 && result.parameters == 42_322, "{result:?}");
+        assert!(!result.overlap, "nothing overlaps on the CPU");
         assert_eq!(result.peak_bytes.is_some(), cfg!(target_os = "linux"));
     }
     assert!(text.contains("peak memory") && text.contains("inference"), "{text}");

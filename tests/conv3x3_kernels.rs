@@ -15,7 +15,7 @@ use effnetv2::Error;
 use effnetv2::backend::Activation;
 use effnetv2::device::Device;
 use effnetv2::kernels::conv3x3::{Conv3x3, Conv3x3Shape};
-use effnetv2::kernels::tuning::Choices;
+use effnetv2::kernels::tuning::{Choice, Choices, Way};
 use effnetv2::kernels::{Arrival, GradientOutput, GradientView, Input, Output, OutputKind, Workspace};
 use effnetv2::tensor::{Conv, ConvKind, Dtype, Padding, Real, Shape};
 use elements::{EPSILON, Sample, unwritten, wide, written};
@@ -51,11 +51,12 @@ fn on_device<T: Sample>(
     device: &Device,
     dtype: Dtype,
     case: &Case<T>,
+    choices: Choices,
     epilogue: Epilogue,
     skips: bool,
 ) -> Outcome<T> {
     let stream = device.compute();
-    let plan = Conv3x3::<T>::plan_with(device, &case.conv, case.x_shape, dtype, Choices::default()).unwrap();
+    let plan = Conv3x3::<T>::plan_with(device, &case.conv, case.x_shape, dtype, choices).unwrap();
     let mut workspace = Workspace::new(device, plan.workspace_floats()).unwrap();
     let (x, weight) = (device.upload(&case.x).unwrap(), device.upload(&case.weight).unwrap());
     let (x, weight) = (x.as_view(), weight.as_view());
@@ -115,15 +116,22 @@ fn expected_output<T: Sample>(case: &Case<T>, epilogue: Epilogue, skips: bool) -
     (y, size.data().iter().enumerate().map(bound).collect())
 }
 
-fn check<T: Sample>(device: &Device, dtype: Dtype, case: &Case<T>, epilogue: Epilogue, seed: u64) {
+fn check<T: Sample>(
+    device: &Device,
+    dtype: Dtype,
+    case: &Case<T>,
+    choices: Choices,
+    epilogue: Epilogue,
+    seed: u64,
+) {
     let conv = case.conv;
     let skips = !seed.is_multiple_of(3);
     // A single value has no moments.
     let alone = case.y_shape.pixels() == 1 && epilogue == Epilogue::Moments;
     let epilogue = if alone { Epilogue::Plain } else { epilogue };
-    let actual = on_device(device, dtype, case, epilogue, skips);
+    let actual = on_device(device, dtype, case, choices, epilogue, skips);
     let (y, size) = expected_output(case, epilogue, skips);
-    let what = format!("{dtype} of {conv:?} for {}, {epilogue:?}", case.x_shape);
+    let what = format!("{dtype} of {conv:?} for {}, {epilogue:?}, {choices:?}", case.x_shape);
     let of_factors = if dtype == Dtype::Tf32 { TF32 } else { 0.0 };
     all_close(
         &actual.y,
@@ -254,36 +262,47 @@ proptest! {
         epilogue in any_epilogue(),
         seed in any::<u64>(),
         dtype in prop::sample::select(vec![Dtype::F32, Dtype::Tf32, Dtype::F16, Dtype::Bf16]),
+        by_warpgroups in prop::option::of(0_usize..6),
     ) {
         let Some(device) = device() else { return Ok(()) };
+        let choices = match by_warpgroups {
+            Some(columns) if conv.stride == 1 && device.has_wgmma() => wgmma(columns),
+            _ => Choices::default(),
+        };
         match dtype {
             Dtype::F32 | Dtype::Tf32 => {
-                check(&device, dtype, &Case::<f32>::random(conv, images, seed), epilogue, seed);
+                let case = Case::<f32>::random(conv, images, seed);
+                check(&device, dtype, &case, Choices::default(), epilogue, seed);
             }
-            Dtype::F16 => check(&device, dtype, &Case::<f16>::random(conv, images, seed), epilogue, seed),
-            Dtype::Bf16 => check(&device, dtype, &Case::<bf16>::random(conv, images, seed), epilogue, seed),
+            Dtype::F16 => {
+                check(&device, dtype, &Case::<f16>::random(conv, images, seed), choices, epilogue, seed);
+            }
+            Dtype::Bf16 => {
+                check(&device, dtype, &Case::<bf16>::random(conv, images, seed), choices, epilogue, seed);
+            }
         }
     }
 }
 
 /// All three directions, value for value.
 fn exact<T: Sample>(device: &Device, conv: Conv, images: Images, epilogue: Epilogue, skips: bool) {
-    exact_in::<T>(device, T::DTYPE, conv, images, epilogue, skips);
+    exact_in::<T>(device, T::DTYPE, conv, images, Choices::default(), epilogue, skips);
 }
 
-/// The same, multiplied as `dtype` says.
+/// The same, multiplied as `dtype` says, by launches of choice.
 fn exact_in<T: Sample>(
     device: &Device,
     dtype: Dtype,
     conv: Conv,
     images: Images,
+    choices: Choices,
     epilogue: Epilogue,
     skips: bool,
 ) {
     let case = Case::<T>::integers(conv, images, 7);
     let epilogue = if case.y_shape.pixels() == 1 { Epilogue::Plain } else { epilogue };
-    let actual = on_device(device, dtype, &case, epilogue, skips);
-    let what = format!("{dtype} of {conv:?} for {}, {epilogue:?}", case.x_shape);
+    let actual = on_device(device, dtype, &case, choices, epilogue, skips);
+    let what = format!("{dtype} of {conv:?} for {}, {epilogue:?}, {choices:?}", case.x_shape);
     all_exact(&actual.y, &expected_output(&case, epilogue, skips).0, format_args!("{what}: y"));
     let dx = case.dgrad().0.into_vec();
     let added = |i: usize| if skips { case.input_skip[i].wide() } else { 0.0 };
@@ -305,7 +324,8 @@ fn integers_are_exact() {
                 match turn % 4 {
                     0 => {
                         exact::<f32>(&device, conv, images, epilogue, turn % 2 == 0);
-                        exact_in::<f32>(&device, Dtype::Tf32, conv, images, epilogue, turn % 2 == 0);
+                        let rule = Choices::default();
+                        exact_in::<f32>(&device, Dtype::Tf32, conv, images, rule, epilogue, turn % 2 == 0);
                     }
                     1 => exact::<f16>(&device, conv, images, epilogue, turn % 2 == 0),
                     _ => exact::<bf16>(&device, conv, images, epilogue, turn % 2 == 0),
@@ -336,6 +356,45 @@ fn integers_are_exact_on_tiles() {
             _ => exact::<bf16>(&device, conv, images, Epilogue::Plain, turn % 3 == 0),
         }
     }
+}
+
+/// Forward and backward by wgmma, with one of the pairs of columns that there are.
+fn wgmma(columns: usize) -> Choices {
+    let of = |columns| Choice::by(Way::Wgmma).columns(columns);
+    Choices { fprop: of([64, 32][columns % 2]), dgrad: of([48, 64, 32][columns % 3]), ..Choices::default() }
+}
+
+#[test]
+fn integers_are_exact_by_wgmma() {
+    let Some(device) = device() else { return };
+    if !device.has_wgmma() {
+        let refused = Conv3x3::<f16>::plan_with(
+            &device,
+            &dense(1, Padding::Same, 8, 8),
+            Shape::new(1, 9, 9, 8),
+            Dtype::F16,
+            wgmma(0),
+        );
+        assert!(matches!(refused, Err(Error::Shape { .. })), "{refused:?}");
+        return;
+    }
+    let epilogues = [Epilogue::Moments, Epilogue::Plain, Epilogue::Folded(Activation::Identity)];
+    // Tiles that are hardly filled, too; half a chunk and halves of the second and the third; columns of all, and more.
+    let small = [SHAPES[0], SHAPES[1], SHAPES[3], SHAPES[5]];
+    for (turn, (images, inputs, outputs)) in TILED[1..].iter().step_by(2).copied().chain(small).enumerate() {
+        let conv = dense(1, Padding::Same, inputs, outputs);
+        let (epilogue, skips) = (epilogues[turn % 3], turn % 4 == 0);
+        match turn % 2 {
+            0 => exact_in::<f16>(&device, Dtype::F16, conv, images, wgmma(turn), epilogue, skips),
+            _ => exact_in::<bf16>(&device, Dtype::Bf16, conv, images, wgmma(turn), epilogue, skips),
+        }
+    }
+    // Two tiles of a block.
+    let (conv, images, choices) = (dense(1, Padding::Same, 8, 8), (600, 3, 3), wgmma(5));
+    let shape =
+        Conv3x3Shape::new(&conv, Shape::new(600, 3, 3, 8)).unwrap().with(Dtype::Bf16, choices).unwrap();
+    assert_eq!(shape.fprop_work(Dtype::Bf16, OutputKind::Moments).grid[0], 300);
+    exact_in::<bf16>(&device, Dtype::Bf16, conv, images, choices, Epilogue::Moments, true);
 }
 
 /// More row tiles than runs, so that a block has several and walks over the ends of images; and so many pixels that the
@@ -438,7 +497,7 @@ fn moments_survive_a_large_mean() {
             *w = T::of(if i % 72 == 32 { 1.0 } else { 0.0 });
         }
         case.x.iter_mut().for_each(|x| *x = T::of(mean + x.wide() as f32 / 2.0));
-        on_device(device, T::DTYPE, &case, Epilogue::Moments, false);
+        on_device(device, T::DTYPE, &case, Choices::default(), Epilogue::Moments, false);
     }
     let Some(device) = device() else { return };
     check::<f32>(&device, 2, (4, 21, 30), 200.0);
@@ -456,7 +515,7 @@ fn directions_are_adjoint() {
         let conv = dense(stride, padding, 24, 40);
         let mut case = Case::<f32>::random(conv, images, 11);
         case.before.fill(0.0);
-        let actual = on_device(&device, Dtype::F32, &case, Epilogue::Plain, false);
+        let actual = on_device(&device, Dtype::F32, &case, Choices::default(), Epilogue::Plain, false);
         let product = dot(&wide(&actual.y), case.dy().0.data());
         // Every term of the three sums is the same product of three.
         let size = dot(case.fprop().1.data(), case.dy().1.data());
@@ -476,13 +535,16 @@ fn directions_are_adjoint() {
 #[test]
 fn results_repeat_bit_for_bit() {
     let Some(device) = device() else { return };
-    for stride in [1, 2] {
+    let by_warpgroups = device.has_wgmma().then_some((1, wgmma(0)));
+    for (stride, choices) in
+        [(1, Choices::default()), (2, Choices::default())].into_iter().chain(by_warpgroups)
+    {
         let run = |seed| {
             if let Some(control) = device.host_control() {
                 control.shuffle(seed);
             }
             let case = Case::<bf16>::random(dense(stride, Padding::Same, 24, 136), (3, 19, 22), 4);
-            on_device(&device, Dtype::Bf16, &case, Epilogue::Moments, true)
+            on_device(&device, Dtype::Bf16, &case, choices, Epilogue::Moments, true)
         };
         let first = run(0);
         assert!(first == run(1));

@@ -165,6 +165,39 @@ fn a_graph_does_the_same_steps_bit_for_bit() {
     }
 }
 
+/// Launch by launch and recorded.
+#[test]
+fn launches_overlap_where_that_is_asked_for() {
+    let Some((device, _alone)) = device_alone() else { return };
+    let Some(control) = device.host_control() else { return };
+    let count = |overlapping: bool, graph: bool| {
+        device.set_overlapping(overlapping).unwrap();
+        assert_eq!(device.is_overlapping(), overlapping);
+        let mut state = state(&device);
+        begin(&mut state, 0);
+        device.synchronize().unwrap();
+        let before = control.dependents();
+        if graph {
+            let mut graph = Graph::record(&device, state, work).unwrap();
+            // It stays as it was recorded.
+            device.set_overlapping(!overlapping).unwrap();
+            graph.launch().unwrap();
+            state = graph.into_state().unwrap();
+        } else {
+            work(&mut state).unwrap();
+        }
+        device.synchronize().unwrap();
+        (control.dependents() - before, device.read(&state.parameters).unwrap())
+    };
+    let (none, plain) = count(false, false);
+    let (all, overlapping) = count(true, false);
+    // The sum of the squares, its root, the update.
+    assert_eq!((none, all), (0, 3));
+    assert_eq!(plain, overlapping);
+    assert_eq!(count(true, true), (3, plain.clone()));
+    assert_eq!(count(false, true), (0, plain));
+}
+
 /// Launch by launch or recorded, the list says what was asked for, and the plan what would be.
 #[test]
 fn launches_are_written_down() {

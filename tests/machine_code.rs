@@ -1,8 +1,8 @@
 //! What the compiler made of the kernels: the assembler's report and the disassembly of the images that are embedded.
 //!
 //! Spills, a stack or local memory in any kernel fail, and so does a kernel without the instructions that
-//! `tests/machine_code.toml` asks of it. A table shows registers, shared memory (that of the kernel, and what training steps
-//! ask for on top) and occupancy.
+//! `tests/machine_code.toml` asks of it, or one that touches memory before it has waited for its predecessors. A table shows
+//! registers, shared memory (that of the kernel, and what training steps ask for on top) and occupancy.
 
 #![cfg(feature = "cuda")]
 
@@ -81,7 +81,11 @@ fn the_assembler_s_report_is_understood() {
 /// The report is of the very command that made the embedded images.
 fn report_of(family: &Family) -> BTreeMap<String, BTreeMap<String, Assembled>> {
     let report = Path::new(env!("OUT_DIR")).join(format!("{}.ptxas", family.name));
-    read_report(&fs::read_to_string(report).unwrap())
+    let report = fs::read_to_string(report).unwrap();
+    // Products of warpgroups that do not go on by themselves: serialised, or waited for where the kernel does not.
+    let waits: Vec<&str> = report.lines().filter(|line| line.contains("(C75")).collect();
+    assert!(waits.is_empty(), "{}", waits.join("\n"));
+    read_report(&report)
 }
 
 #[test]
@@ -109,11 +113,25 @@ fn the_fat_binaries_have_the_kernels_of_the_table_and_none_spills() {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Instructions {
     tensor: usize,
+    /// Of those, the ones of warpgroups.
+    wgmma: usize,
     load128: usize,
     store128: usize,
     /// Loads and stores of local memory: spilled registers and arrays.
     local: usize,
+    /// Waits for the grids before it, and calls that let the next one in.
+    waits: usize,
+    lets_in: usize,
+    /// Accesses of global memory, and branches, in front of the first wait.
+    early: usize,
 }
+
+/// What may not come before the wait for predecessors: whatever reads or writes memory that they may use (asynchronous
+/// copies and generic addresses as well), and whatever leaves the straight line.
+const TOO_EARLY: [&str; 21] = [
+    "LD", "LDG", "LDGSTS", "ST", "STG", "ATOM", "ATOMG", "RED", "REDG", "UBLKCP", "UBLKRED", "UBLKPF",
+    "UTMALDG", "UTMASTG", "UTMAREDG", "UTMAPF", "CCTL", "BRA", "BRX", "CALL", "EXIT",
+];
 
 /// Reads `cuobjdump -sass`: by kernel. An instruction is a line `/*0a10*/  @!P0 LDG.E.128 R4, [R2.64] ;`.
 fn read_disassembly(text: &str) -> BTreeMap<String, Instructions> {
@@ -132,15 +150,25 @@ fn read_disassembly(text: &str) -> BTreeMap<String, Instructions> {
         else {
             continue;
         };
+        let conditional = instruction.is_some_and(|rest| rest.trim_start().starts_with('@'));
         let mut parts = opcode.split('.');
         let (base, wide) = (parts.next().unwrap_or_default(), parts.any(|part| part == "128"));
         let count = kernels.get_mut(name).unwrap();
         match base {
-            "HMMA" | "HGMMA" => count.tensor += 1,
+            "HMMA" => count.tensor += 1,
+            "HGMMA" => {
+                count.tensor += 1;
+                count.wgmma += 1;
+            }
             "LDG" | "LDGSTS" if wide => count.load128 += 1,
             "STG" if wide => count.store128 += 1,
             "LDL" | "STL" => count.local += 1,
+            "ACQBULK" if !conditional => count.waits += 1,
+            "PREEXIT" if !conditional => count.lets_in += 1,
             _ => {}
+        }
+        if count.waits == 0 && TOO_EARLY.contains(&base) {
+            count.early += 1;
         }
     }
     kernels
@@ -156,14 +184,28 @@ fn the_disassembly_is_understood() {
         \x20       /*0030*/                   LDG.E.64 R4, [R2.64] ;       /* 0x0 */\n\
         \x20       /*0040*/                   HMMA.16816.F32.BF16 R4, R8, R2, R4 ; /* 0x0 */\n\
         \x20       /*0050*/                   HFMA2.MMA R27, -RZ, RZ, 0, 0 ; /* 0x0 */\n\
+        \x20       /*0060*/                   HGMMA.64x48x16.F32.BF16 R24, R120, gdesc[UR12], R24, gsb0 ; /* 0x0 */\n\
         \t\tFunction : b\n\
         \x20       /*0000*/               @P1 STG.E.EF.128 [R2.64], R4 ;   /* 0x0 */\n\
         \x20       /*0010*/                   STL.128 [R1], R4 ;           /* 0x0 */\n\
         \x20      /*10000*/                   LDL R4, [R1] ;               /* 0x0 */\n\
-        \x20      /*10010*/                   LDS.128 R4, [R1] ;           /* 0x0 */\n";
+        \x20      /*10010*/                   LDS.128 R4, [R1] ;           /* 0x0 */\n\
+        \t\tFunction : c\n\
+        \x20       /*0000*/                   LDC.64 R2, c[0x0][0x210] ;   /* 0x0 */\n\
+        \x20       /*0010*/                   ACQBULK ;                    /* 0x0 */\n\
+        \x20       /*0020*/                   PREEXIT ;                    /* 0x0 */\n\
+        \x20       /*0030*/                   LDG.E R4, [R2.64] ;          /* 0x0 */\n\
+        \t\tFunction : d\n\
+        \x20       /*0000*/              @!P0 EXIT ;                       /* 0x0 */\n\
+        \x20       /*0010*/                   LDGSTS.E [R4], [R2.64] ;     /* 0x0 */\n\
+        \x20       /*0020*/               @P1 ACQBULK ;                    /* 0x0 */\n\
+        \x20       /*0030*/                   EXIT ;                       /* 0x0 */\n";
     let kernels = read_disassembly(text);
-    assert_eq!(kernels["a"], Instructions { tensor: 1, load128: 2, ..Instructions::default() });
-    assert_eq!(kernels["b"], Instructions { store128: 1, local: 2, ..Instructions::default() });
+    let none = Instructions::default();
+    assert_eq!(kernels["a"], Instructions { tensor: 2, wgmma: 1, load128: 2, early: 3, ..none });
+    assert_eq!(kernels["b"], Instructions { store128: 1, local: 2, early: 1, ..none });
+    assert_eq!(kernels["c"], Instructions { waits: 1, lets_in: 1, ..none });
+    assert_eq!(kernels["d"], Instructions { early: 3, ..none });
 }
 
 /// What a kernel's machine code must contain.
@@ -171,6 +213,7 @@ fn the_disassembly_is_understood() {
 #[serde(rename_all = "lowercase")]
 enum Needs {
     Tensor,
+    Wgmma,
     Load128,
     Store128,
 }
@@ -234,11 +277,27 @@ struct Multiprocessor {
     blocks: u32,
     registers: u32,
     shared: u32,
+    /// Whether a grid may begin before the one ahead has ended.
+    overlaps: bool,
 }
 
 const MULTIPROCESSORS: [Multiprocessor; 2] = [
-    Multiprocessor { arch: "sm_80", warps: 64, blocks: 32, registers: 65_536, shared: 164 * 1024 },
-    Multiprocessor { arch: "sm_90a", warps: 64, blocks: 32, registers: 65_536, shared: 228 * 1024 },
+    Multiprocessor {
+        arch: "sm_80",
+        warps: 64,
+        blocks: 32,
+        registers: 65_536,
+        shared: 164 * 1024,
+        overlaps: false,
+    },
+    Multiprocessor {
+        arch: "sm_90a",
+        warps: 64,
+        blocks: 32,
+        registers: 65_536,
+        shared: 228 * 1024,
+        overlaps: true,
+    },
 ];
 
 impl Multiprocessor {
@@ -367,14 +426,26 @@ fn the_machine_code_has_what_it_should() {
                 if count.local > 0 {
                     problem(format!("{} instructions of local memory", count.local));
                 }
+                if sm.overlaps && (count.waits == 0 || count.early > 0 || count.lets_in == 0) {
+                    problem(format!(
+                        "must begin with after_predecessors(): {} waits, {} accesses and branches before the first, \
+                         lets its dependents in {} times",
+                        count.waits, count.early, count.lets_in
+                    ));
+                }
                 if blocks == 0 {
                     problem("a multiprocessor cannot hold a single block".into());
                 }
                 let needs =
                     expectations[family.name].iter().find(|(pattern, _)| matches(pattern, entry.name));
-                for need in needs.unwrap().1 {
+                let needs = needs.unwrap().1;
+                if needs.contains(&Needs::Wgmma) && sm.arch != "sm_90a" {
+                    continue;
+                }
+                for need in needs {
                     let found = match need {
                         Needs::Tensor => count.tensor,
+                        Needs::Wgmma => count.wgmma,
                         Needs::Load128 => count.load128,
                         Needs::Store128 => count.store128,
                     };

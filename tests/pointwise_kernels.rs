@@ -46,6 +46,8 @@ struct Variant {
 struct Data<T> {
     /// How it is to be multiplied.
     dtype: Dtype,
+    /// How it is to be launched.
+    choices: Choices,
     /// The input, which is also what the gradient's epilogues differentiate.
     x: Raw<T>,
     gate: Vec<f32>,
@@ -70,6 +72,7 @@ impl<T: Sample> Data<T> {
         let reach = 1.0 / (shape.c as f64).sqrt();
         Self {
             dtype: T::DTYPE,
+            choices: Choices::default(),
             x: Raw::random(shape, seed),
             gate: draw(&mut stream, shape.n * shape.c, 0.0, 1.0),
             outputs,
@@ -97,6 +100,7 @@ impl<T: Sample> Data<T> {
             |count: usize, f: &dyn Fn(usize) -> i32| (0..count).map(|i| f(i) as f32).collect::<Vec<f32>>();
         Self {
             dtype: T::DTYPE,
+            choices: Choices::default(),
             x: Raw::integers(shape),
             gate: (0..shape.n * shape.c).map(|i| [1.0, 2.0, 0.5][i % 3]).collect(),
             outputs,
@@ -152,7 +156,7 @@ enum Launches {
 fn on_device<T: Sample>(device: &Device, data: &Data<T>, variant: Variant) -> Vec<Outcome<T>> {
     let stream = device.compute();
     let (shape, out, c, o) = (data.shape(), data.out(), data.shape().c, data.outputs);
-    let plan = Pointwise::<T>::plan_with(device, shape, o, data.dtype, Choices::default()).unwrap();
+    let plan = Pointwise::<T>::plan_with(device, shape, o, data.dtype, data.choices).unwrap();
     let floats = [Passes::One, Passes::Interleaved].map(|passes| plan.work().floats_in(passes));
     let floats = plan.workspace_floats().max(floats[0]).max(floats[1]);
     let mut workspace = Workspace::new(device, floats).unwrap();
@@ -737,6 +741,87 @@ fn integers_are_exact() {
     }
     let (shape, outputs) = WIDE;
     check_integers::<bf16>(&device, shape, outputs, VARIANTS[2]);
+}
+
+/// Products of warpgroups for fprop, in tiles of so many columns, and for the gradient of the input.
+fn wgmma(columns: u32) -> Choices {
+    let choice = |columns| Choice::by(Way::Wgmma).columns(columns);
+    Choices { fprop: choice(columns).blocks(528), backward: choice(64).blocks(264), ..Choices::default() }
+}
+
+/// With one step of a sum and many, whole ones and not, as with rows and columns; and with several tiles to a block.
+#[test]
+fn warpgroups_are_exact() {
+    fn check<T: Sample>(device: &Device, shape: Shape, outputs: usize, columns: u32, variant: Variant) {
+        let data = Data::<T> { choices: wgmma(columns), ..Data::integers(shape, outputs) };
+        let variant = Variant { act: Activation::Identity, ..variant };
+        on_device(device, &data, variant).iter().for_each(|actual| check_exactly(&data, variant, actual));
+    }
+    let Some(device) = device() else { return };
+    for (i, (n, h, w, c, outputs, columns)) in [
+        (1, 1, 1, 8, 8, 64),
+        (1, 3, 43, 8, 136, 128),
+        (2, 8, 8, 64, 64, 64),
+        (3, 5, 9, 24, 72, 128),
+        (1, 11, 13, 72, 24, 64),
+        (7, 6, 6, 136, 200, 128),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let shape = Shape::new(n, h, w, c);
+        check::<f16>(&device, shape, outputs, columns, VARIANTS[i]);
+        check::<bf16>(&device, shape, outputs, columns, VARIANTS[(i + 1) % VARIANTS.len()]);
+    }
+    let long = Shape::new(1, 1, 512 * 128 + 700, 8);
+    check::<bf16>(&device, long, 8, 64, Variant { input: InputKind::Plain, ..VARIANTS[2] });
+}
+
+#[test]
+fn warpgroups_are_the_reference_s_bit_for_bit_again() {
+    let Some(device) = device() else { return };
+    for (shape, outputs, columns, variant) in
+        [(Shape::new(3, 9, 13, 72), 136, 128, VARIANTS[2]), (Shape::new(2, 10, 11, 136), 40, 64, VARIANTS[1])]
+    {
+        let data = Data::<bf16> { choices: wgmma(columns), ..Data::random(shape, outputs, 5) };
+        let run = |seed| {
+            if let Some(control) = device.host_control() {
+                control.shuffle(seed);
+            }
+            on_device(&device, &data, variant)
+        };
+        let first = run(0);
+        first.iter().for_each(|actual| check_outcome(&data, variant, actual));
+        assert!(first == run(1));
+    }
+}
+
+/// They are taken where they are chosen: elements of 16 bits, and not through a gate.
+#[test]
+fn warpgroups_are_taken_where_they_are_chosen() {
+    let x = Shape::new(4, 19, 19, 160);
+    let rule = PointwiseWork::new(x, 960, Dtype::Bf16).unwrap();
+    let (plain, silu) = (OutputKind::Plain, GradientKind::Silu);
+    let work = rule.with(wgmma(128)).unwrap();
+    assert_eq!(work.fprop(InputKind::Plain, plain).kernel, "pointwise_fprop_wgmma128_bf16");
+    assert_eq!(work.backward(InputKind::Silu, silu).kernel, "pointwise_backward_wgmma64_bf16");
+    let gated = work.backward(InputKind::Gated, GradientKind::Gated);
+    assert_eq!(gated.kernel, "pointwise_backward_gated_bf16");
+    assert_eq!(
+        rule.with(wgmma(64)).unwrap().fprop(InputKind::Plain, plain).kernel,
+        "pointwise_fprop_wgmma64_bf16"
+    );
+    assert!(!rule.fprop(InputKind::Plain, plain).kernel.contains("wgmma"));
+    // Two blocks find place on a multiprocessor of Hopper: 227 KB and 1 KB of each.
+    for work in [work.fprop(InputKind::Plain, plain), work.backward(InputKind::Silu, silu)] {
+        assert!(work.shared + 3 * 1024 <= 114 * 1024, "{} needs {} bytes", work.kernel, work.shared);
+    }
+    for (outputs, dtype, columns) in [(960, Dtype::F32, 64), (960, Dtype::Tf32, 128), (64, Dtype::Bf16, 128)]
+    {
+        let work = PointwiseWork::new(x, outputs, dtype).unwrap();
+        let choices = Choices::only(Launch::Fprop, wgmma(columns).fprop);
+        assert!(matches!(work.with(choices), Err(Error::Shape { .. })), "{outputs} {dtype}");
+    }
 }
 
 /// What tf32 has no bits for is gone before it is multiplied, in every direction; elements of other types are no tf32.

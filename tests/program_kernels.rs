@@ -56,6 +56,7 @@ fn the_first_line_says_what_computes_and_why() {
         );
     }
     assert!(first(&[&host]).contains(", bf16;"), "the default of a device");
+    assert!(first(&[&host, "--overlap", "on"]).ends_with("; --device host; kernels overlap"));
 }
 
 /// A machine without a GPU computes on the CPU when nothing is asked of it, and says why.
@@ -81,6 +82,7 @@ fn a_wrong_device_is_told_what_would_work() {
     let train = |more: &[&'static str]| [&ON_IMAGES[..], more].concat();
     fail(here, &train(&["--device", "gpu"]), 2, &["--device", "cuda:N", "host=LIBRARY"]);
     fail(here, &train(&["--device", "cpu", "--dtype", "bf16"]), 2, &["--dtype = bf16", "f32 alone"]);
+    fail(here, &train(&["--device", "cpu", "--overlap", "on"]), 2, &["--overlap = on", "no kernels"]);
     fail(here, &train(&["--device", "host=no/such.so"]), 1, &["no/such.so", "kernels/host/build.sh"]);
     fail(
         here,

@@ -77,6 +77,13 @@ fn every_way_computes_what_the_rule_does() {
     for launch in ["fprop", "dgrad", "backward"] {
         assert!(several(&results, &format!("{launch} bf16")), "{launch} has one way");
     }
+    if device.has_wgmma() {
+        for kernel in ["pointwise_fprop_wgmma", "pointwise_backward_wgmma"] {
+            let tried =
+                results.iter().flat_map(|result| &result.ways).any(|way| way.kernel.starts_with(kernel));
+            assert!(tried, "{kernel} was not tried");
+        }
+    }
     check::<f16>(&device, "nano", Dtype::F16, 3, 36);
     check::<f32>(&device, "nano", Dtype::F32, 2, 32);
     check::<f32>(&device, "nano", Dtype::Tf32, 2, 32);

@@ -4,6 +4,7 @@
 
 #include "driver.hpp"
 #include "kernel.hpp"
+#include "launch.hpp"
 #include "settings.hpp"
 
 using namespace host;
@@ -15,6 +16,8 @@ HOST_API void effnetv2_host_set_seed(uint64_t seed) { settings().seed = seed; }
 HOST_API void effnetv2_host_set_threads(unsigned threads) { settings().threads = std::max(1u, threads); }
 
 HOST_API void effnetv2_host_set_deferred(int deferred) { settings().defer = deferred != 0; }
+
+HOST_API uint64_t effnetv2_host_dependent_count() { return dependent_launches(); }
 
 HOST_API size_t effnetv2_host_kernel_count() { return kernels().size(); }
 

@@ -23,6 +23,9 @@ void effnetv2_host_set_threads(unsigned threads);
 /* Nonzero: work on a stream waits until something waits for it. Zero (default): it runs at once. */
 void effnetv2_host_set_deferred(int deferred);
 
+/* How many of the launches that have run were programmatic dependents. */
+uint64_t effnetv2_host_dependent_count(void);
+
 /* The kernels in this library, in no particular order; NULL if `index` is out of range or no such kernel
  * exists. A signature has one character for each parameter: p pointer; c C, s S, i I, l L integers of 8, 16,
  * 32, 64 bits (capitals unsigned); h f16, b bf16, f float, d double; {size:alignment} a struct by value. */

@@ -121,11 +121,16 @@ class Pool {
     uint64_t generation_ = 0;
 };
 
+std::atomic<uint64_t> dependents{0};
+
 } // namespace
 
 Status run(const Launch& launch) {
     static auto& pool = *new Pool; // never destroyed: its threads outlive main
+    dependents += launch.dependent;
     return pool.run(launch);
 }
+
+uint64_t dependent_launches() { return dependents; }
 
 } // namespace host

@@ -31,4 +31,7 @@ struct Launch {
 /// Runs every block of the launch to its end, or to the first error.
 Status run(const Launch& launch);
 
+/// How many that have run were dependents.
+uint64_t dependent_launches();
+
 } // namespace host

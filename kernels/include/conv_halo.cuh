@@ -2,15 +2,15 @@
 //
 //     C[pixel, n] = sum over taps and channels k of A(pixel moved by the tap, k) W(n, tap, k)
 //
-//     using Tile = ConvTileOf<bf16, 48>;                         // block of 256 pixels x 48 columns, 4 x 1 warps
+//     using Tile = ConvTileOf<bf16, 256, 48>;                    // block of 256 pixels x 48 columns, 4 x 1 warps
 //     convolve<Tile, Direction::backward>(halo, weights, columns, UnitStride{tiles}, walk, epilogue);
 //
 // A block of 128 threads computes, for one range of columns, the tiles walk.first .. + walk.count one after the other, the
 // pixels of a tile being the rows of a GEMM. For each chunk of 32 channels it has the halo of the tile in shared memory, once
 // for all nine taps: a tap is only an offset of the addresses that ldmatrix is given. A step is one tap of one chunk. While
 // the steps of a chunk run, the halo of the next one (of the next tile, too) is brought into a second buffer, 64 pixels of it
-// with each of the first steps. Weights come by cp.async, `stages` - 1 steps ahead. A step has one barrier. dgrad of stride
-// 2 goes the same way, its rows being cells of four pixels, each with sums of its own: CellStride below.
+// with each of the first steps. Weights come by cp.async, two steps ahead. A step has one barrier. dgrad of stride 2 goes
+// the same way, its rows being cells of four pixels, each with sums of its own: CellStride below.
 //
 // Why these numbers. What limits such a product is what it reads: from the second level for each tile its halo and all
 // weights of its columns, so a tile is as large as sums fit in registers; from shared memory with each step 64 rows and bn
@@ -28,8 +28,19 @@
 //
 // What lies outside the image is zero after the transform.
 //
+// How it multiplies:
+//
+//     Products::of_warps       Each warp its own rows, by weights that it has loaded, too (mma.sync).
+//     Products::of_warpgroup   The four warps together 64 rows, 16 of each, that they have loaded, by weights that the tensor
+//                              cores read in shared memory themselves (wgmma), once for all four: as many bytes as ldmatrix
+//                              brings, whose 64 rows of a warp use them as often, but by 8 instructions of a step for 64 and
+//                              half the ldmatrix. They go on while the pixels of the next are loaded and the next piece of
+//                              halo is made, over the barrier into the next step: hence one stage of weights more, and
+//                              with 32 columns up to 168 registers and three blocks. Only where there is wgmma.
+//
 // Bank conflicts: none in the loop. For the halo see conv_tile.cuh. Weights are swizzled like it by XOR with their row, where
-// rows have 64 bytes (bn columns of 32 channels; or 32 channels of 32 columns) or 128 (32 channels of 48 or 64 columns).
+// rows have 64 bytes (bn columns of 32 channels; or 32 channels of 32 columns) or 128 (32 channels of 48 or 64 columns). Those
+// are layouts that wgmma reads, but of 48 columns, which it reads in threes of 16 columns: Weights below.
 // The dead rows of a tile read the halo somewhere, and are not stored.
 #pragma once
 
@@ -39,7 +50,16 @@
 /// fprop's weights are [columns, taps, channels], dgrad's [channels, taps in reverse, columns].
 enum class Direction { forward, backward };
 
-template <class T, unsigned columns> using ConvTileOf = GemmTile<T, 256, columns, 4, 1, 3>;
+/// How a block multiplies, as said above.
+enum class Products { of_warps, of_warpgroup };
+
+/// Whether there are such where this is compiled for.
+template <Products products> constexpr bool exist = products == Products::of_warps || has_wgmma;
+
+template <class T, unsigned rows, unsigned columns, Products multiplied = Products::of_warps>
+struct ConvTileOf : GemmTile<T, rows, columns, 4, 1, multiplied == Products::of_warps ? 3 : 4> {
+    static constexpr Products products = multiplied;
+};
 
 /// The tiles of a block, and its columns.
 struct ConvWalk {
@@ -132,13 +152,16 @@ template <class Element> struct OwingHalo {
 namespace conv_detail {
 
 /// The weights [columns, 9, channels] or [channels, 9, columns] on their way: of a step 32 channels of bn columns. A thread
-/// fetches piece threadIdx % across of rows threadIdx / across, + rows, ..., which in shared memory are swizzled alike.
+/// fetches one piece of rows r, r + rows, ..., which in shared memory are swizzled alike.
 template <class Tile, Direction direction, bool reversed, class Memory> struct Weights {
     using T = typename Tile::T;
     static constexpr bool forward = direction == Direction::forward;
     static_assert(!(forward && reversed), "only dgrad goes backward");
     static constexpr unsigned across = Memory::across, rows = Tile::threads / across, count = Memory::down / rows;
     static_assert(Tile::threads % across == 0 && Memory::down % rows == 0 && rows % 8 == 0, "all threads alike");
+    /// wgmma wants as many columns as a swizzled row has, 64, 32 or 16, or a multiple of that. Of 48 columns rows of 32 bytes
+    /// are swizzled, 8 rows of 16 columns lying together.
+    static constexpr bool in_threes = Tile::products == Products::of_warpgroup && !forward && Tile::bn == 48;
 
     const T* data;
     unsigned channels, columns;
@@ -151,13 +174,17 @@ template <class Tile, Direction direction, bool reversed, class Memory> struct W
 
     /// Byte of piece c of row r in a stage.
     __device__ static __forceinline__ unsigned at(unsigned r, unsigned c) {
+        if constexpr (in_threes) return (r / 8 * 8 * across + c / 2 * 16 + r % 8 * 2 + (c ^ r / 4) % 2) * 16;
         return (r * across + (c ^ (across == 8 ? r % 8 : r / 2 % 4))) * 16;
     }
 
     __device__ __forceinline__ Weights(const T* weight, unsigned channels, unsigned columns, unsigned first_column,
                                        unsigned steps)
         : data(weight), channels(channels), columns(columns), left(steps) {
-        const unsigned r = threadIdx.x / across, c = threadIdx.x % across;
+        // Eight lanes together write where all banks are different: all pieces of a row or two, or two pieces of four rows.
+        const unsigned lane = threadIdx.x % 32;
+        const unsigned r = in_threes ? threadIdx.x / 32 * 4 + lane / 2 % 4 : threadIdx.x / across;
+        const unsigned c = in_threes ? lane / 8 * 2 + lane % 2 : threadIdx.x % across;
         to = at(r, c);
         row = forward ? first_column + r : r;
         column = forward ? 8 * c : 8 * c < Tile::bn ? first_column + 8 * c : columns;
@@ -185,6 +212,103 @@ template <class Tile, Direction direction, bool reversed, class Memory> struct W
         if (chunk < channels) return;
         offset -= forward ? chunk : chunk * 9 * columns;
         chunk = 0;
+    }
+};
+
+/// acc += the products of a step's pixels and weights, of which the first `limit` channels exist. load(fragment, i, k) gives a
+/// warp the pixels of its 16 rows number i, channels k to k + 15.
+template <class Tile, Direction direction, class Weights, class Memory> struct WarpProducts {
+    using T = typename Tile::T;
+    using Sums = float[Tile::fragments_m][Tile::fragments_n][4];
+    /// Of the weights of a stage, the first piece that a lane gives the address of.
+    unsigned own_weight;
+
+    __device__ __forceinline__ WarpProducts() {
+        const unsigned lane = threadIdx.x % 32, matrix = lane / 8;
+        own_weight = direction == Direction::forward ? Weights::at(matrix / 2 * 8 + lane % 8, matrix % 2)
+                                                     : Weights::at(matrix % 2 * 8 + lane % 8, matrix / 2);
+    }
+
+    template <class Load>
+    __device__ __forceinline__ void multiply(Sums& acc, unsigned stage, unsigned limit, const Load& load) const {
+        const unsigned weight = stage + own_weight;
+#pragma unroll
+        for (unsigned k = 0; k < Memory::chunk; k += 16) {
+            if (k >= limit) break;
+            uint32_t both[Tile::fragments_n / 2][4];
+#pragma unroll
+            for (unsigned j = 0; j < Tile::fragments_n / 2; ++j)
+                // Matrices: k 0.. and 8.. of columns 0.., then of columns 8... Neither 16 rows on nor two pieces on changes
+                // the swizzle: Weights::at(row + 16, piece) is 16 rows more, Weights::at(row, piece + 2) an XOR with 32.
+                if constexpr (direction == Direction::forward)
+                    ldmatrix<4>(both[j], dynamic_shared<T>((weight ^ 2 * k) + 16 * j * Weights::across * 16));
+                else
+                    ldmatrix_trans<4>(both[j], dynamic_shared<T>((weight ^ 32 * j) + k * Weights::across * 16));
+#pragma unroll
+            for (unsigned i = 0; i < Tile::fragments_m; ++i) {
+                uint32_t pixels[4];
+                load(pixels, i, k);
+#pragma unroll
+                for (unsigned j = 0; j < Tile::fragments_n; ++j) {
+                    const uint32_t column[2] = {both[j / 2][j % 2 * 2], both[j / 2][j % 2 * 2 + 1]};
+                    mma_m16n8k16<T>(acc[i][j], pixels, column, acc[i][j]);
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ void publish() const {}
+    __device__ __forceinline__ void finish(Sums&) const {}
+};
+
+/// The same, still going on after multiply(): of its products at most the last two groups when it returns, and none of the step
+/// before. What threads have written to a stage, they publish() before the barrier. Sums are there after finish().
+template <class Tile, Direction direction, class Weights, class Memory> struct WarpgroupProducts {
+    using T = typename Tile::T;
+    using Sums = float[Tile::fragments_m][Tile::fragments_n][4];
+    static constexpr bool forward = direction == Direction::forward;
+    /// Bytes of a row in a stage, and of a swizzled one.
+    static constexpr unsigned row = Weights::across * 16, swizzled = Weights::in_threes ? 32 : row;
+    /// Fragments of a group of products: two, or for the registers of three blocks on a multiprocessor one.
+    static constexpr unsigned together = Tile::bn == 48 ? 1 : 2, groups = Tile::fragments_m / together;
+    static_assert(Tile::threads == 128 && Memory::stage % (8 * row) == 0, "a warpgroup; a swizzle's pattern is 8 rows");
+    static_assert(groups >= 2, "with its second group a step has waited for all of the one before");
+    /// Of the weights of stage 0.
+    uint64_t weights;
+
+    __device__ __forceinline__ WarpgroupProducts()
+        : weights(wgmma_descriptor<swizzled>(dynamic_shared<T, 1024>(), swizzled < row ? 8 * swizzled : 0, 8 * row)) {}
+
+    template <class Load>
+    __device__ __forceinline__ void multiply(Sums& acc, unsigned stage, unsigned limit, const Load& load) const {
+#pragma unroll
+        for (unsigned k = 0; k < Memory::chunk; k += 16) {
+            if (k >= limit) break;
+            // A descriptor counts in units of 16 bytes.
+            const uint64_t from = weights + (stage + k * (forward ? unsigned(sizeof(T)) : row)) / 16;
+#pragma unroll
+            for (unsigned i = 0; i < Tile::fragments_m; i += together) {
+                uint32_t pixels[together][4];
+                // While the last group goes on, the registers of the one before are free.
+                wgmma_wait_group<1>();
+#pragma unroll
+                for (unsigned f = 0; f < together; ++f) load(pixels[f], i + f, k);
+                wgmma_fence();
+#pragma unroll
+                for (unsigned f = 0; f < together; ++f)
+                    wgmma_m64k16<T, Tile::bn, !forward>(acc[i + f], pixels[f], from);
+                wgmma_commit_group();
+            }
+        }
+    }
+
+    __device__ __forceinline__ void publish() const { fence_proxy_async_shared(); }
+    __device__ __forceinline__ void finish(Sums& acc) const {
+        // Lanes may have parted on their way from the last product.
+        __syncwarp();
+        wgmma_wait_group<0>();
+#pragma unroll
+        for (auto& fragments : acc) wgmma_settle(fragments);
     }
 };
 
@@ -252,12 +376,14 @@ __device__ __forceinline__ void convolve(const Halo& halo, const typename Tile::
     // The taps of the halo in order are those of the weights in reverse where dgrad has stride 1.
     constexpr bool cells = Geometry::stride == 2;
     using Weights = conv_detail::Weights<Tile, direction, direction == Direction::backward && !cells, Memory>;
-    constexpr unsigned stages = Tile::stages, pieces = Memory::chunk / 8, pixel_bytes = pieces * 16;
+    using Multiply = std::conditional_t<Tile::products == Products::of_warps,
+                                        conv_detail::WarpProducts<Tile, direction, Weights, Memory>,
+                                        conv_detail::WarpgroupProducts<Tile, direction, Weights, Memory>>;
+    constexpr unsigned stages = Tile::stages, ahead = 2, pieces = Memory::chunk / 8, pixel_bytes = pieces * 16;
     static_assert(sizeof(T) == 2 && Tile::warps_n == 1, "16 bits; rows alone are cut for warps");
-    static_assert(stages == 3, "a row of taps: tap (kh, kw) is in stage kw");
     // Halo pixels that a thread brings with a step, those that the block does, and steps that do so.
     constexpr unsigned held = 2, at_once = held * Tile::threads / pieces;
-    static_assert(Geometry::most_halo / at_once + stages - 1 < 9, "what comes with a chunk's steps is there for the next");
+    static_assert(Geometry::most_halo / at_once + ahead < 9, "what comes with a chunk's steps is there for the next");
 
     const ConvTiles& tiles = geometry.tiles;
     const unsigned channels = halo.channels, halo_pixels = geometry.halo_pixels();
@@ -293,7 +419,7 @@ __device__ __forceinline__ void convolve(const Halo& halo, const typename Tile::
     }
     Weights weights(weight, channels, columns, walk.first_column, walk.count * chunks * 9);
 #pragma unroll
-    for (unsigned s = 0; s + 1 < stages; ++s) {
+    for (unsigned s = 0; s < ahead; ++s) {
         weights.fetch(s * Memory::stage);
         cp_async_commit_group();
     }
@@ -305,95 +431,80 @@ __device__ __forceinline__ void convolve(const Halo& halo, const typename Tile::
     }
 
     // Of the fragments that a lane gives addresses for: rows of the halo, and the phase of the first, which that of the
-    // others is but for a multiple of 16; and the weights' first piece.
+    // others is but for a multiple of 16.
     const unsigned lane = threadIdx.x % 32, matrix = lane / 8;
     const unsigned own_row = threadIdx.x / 32 * Tile::wm + matrix % 2 * 8 + lane % 8;
     unsigned rows[Tile::fragments_m];
 #pragma unroll
     for (unsigned i = 0; i < Tile::fragments_m; ++i) rows[i] = tiles.row_halo(own_row + 16 * i) * pixel_bytes;
-    const unsigned own_weight = direction == Direction::forward
-                                    ? Weights::at(matrix / 2 * 8 + lane % 8, matrix % 2)
-                                    : Weights::at(matrix % 2 * 8 + lane % 8, matrix / 2);
-
-    using Sums = float[Tile::fragments_m][Tile::fragments_n][4];
-    Sums acc[cells ? 4 : 1] = {};
-    const auto multiply = [&](Sums& acc, unsigned from, unsigned phase, unsigned stage, unsigned limit) {
-        const unsigned own = from + (matrix / 2 ^ phase / 2 % 4) * 16, weight = stage + own_weight;
-#pragma unroll
-        for (unsigned k = 0; k < Memory::chunk; k += 16) {
-            if (k >= limit) break;
-            uint32_t both[Tile::fragments_n / 2][4];
-#pragma unroll
-            for (unsigned j = 0; j < Tile::fragments_n / 2; ++j)
-                // Matrices: k 0.. and 8.. of columns 0.., then of columns 8... Neither 16 rows on nor two pieces on changes
-                // the swizzle: Weights::at(row + 16, piece) is 16 rows more, Weights::at(row, piece + 2) an XOR with 32.
-                if constexpr (direction == Direction::forward)
-                    ldmatrix<4>(both[j], dynamic_shared<T>((weight ^ 2 * k) + 16 * j * Weights::across * 16));
-                else
-                    ldmatrix_trans<4>(both[j], dynamic_shared<T>((weight ^ 32 * j) + k * Weights::across * 16));
-#pragma unroll
-            for (unsigned i = 0; i < Tile::fragments_m; ++i) {
-                // Matrices: rows 0.. and 8.. of k 0.., then of k 8...
-                uint32_t pixels[4];
-                ldmatrix<4>(pixels, dynamic_shared<T>(rows[i] + (own ^ 2 * k)));
-#pragma unroll
-                for (unsigned j = 0; j < Tile::fragments_n; ++j) {
-                    const uint32_t column[2] = {both[j / 2][j % 2 * 2], both[j / 2][j % 2 * 2 + 1]};
-                    mma_m16n8k16<T>(acc[i][j], pixels, column, acc[i][j]);
-                }
-            }
-        }
-    };
+    const Multiply products;
+    typename Multiply::Sums acc[cells ? 4 : 1] = {};
 
     const unsigned buffers = 2 * Memory::halo + halo_pixels * pixel_bytes;
     unsigned buffer = Memory::halo;
-    for (unsigned tile = 0, chunk = 0; tile < walk.count;) {
-        const unsigned limit = channels - chunk * Memory::chunk, next_channel = next_chunk * Memory::chunk + own_piece * 8;
-        const unsigned brings = next_tile < walk.count ? halo_pixels : 0;
-        // Tap number `first` / at_once, in column kw of the kernel.
-        const auto step = [&](Sums& sums, unsigned first, unsigned kw, unsigned from, unsigned phase) {
-            cp_async_wait_group<int(stages) - 2>();
-            // All threads have brought what this step needs, and are through with the one before, whose memory is fetched
-            // into next.
-            __syncthreads();
-            weights.fetch((kw == 0 ? stages - 1 : kw - 1) * Memory::stage);
-            typename Halo::Held brought[held];
-            const bool bringing = first < Geometry::most_halo && first < brings;
-            if (bringing) bring(brought, buffers - buffer, next_channel, first);
-            cp_async_commit_group();
-            multiply(sums, from, phase, kw * Memory::stage, limit);
-            if (bringing) halo.put(brought, next_channel);
-        };
-        if constexpr (cells) {
-#pragma unroll
-            for (unsigned kh = 0; kh < 3; ++kh)
-#pragma unroll
-                for (unsigned kw = 0; kw < 3; ++kw) {
-                    const unsigned down = 1 - kh / 2, right = 1 - kw / 2;
-                    step(acc[kh % 2 * 2 + kw % 2], (3 * kh + kw) * at_once, kw,
-                         buffer + tiles.tap(down, right) * pixel_bytes, own_row + tiles.tap_phase(down, right));
-                }
-        } else {
-            unsigned from = buffer, phase = own_row, kw = 0;
+    // The stage of a step, whose tap is in column kw of the kernel: of three stages each has a column.
+    unsigned next_slot = 0;
+    const auto slot_of = [&](unsigned kw) {
+        if constexpr (stages == 3) return kw;
+        const unsigned slot = next_slot;
+        next_slot = slot + 1 == stages ? 0 : slot + 1;
+        return slot;
+    };
+    for (unsigned tile = 0; tile < walk.count; ++tile) {
 #pragma unroll 1
-            for (unsigned first = 0; first < 9 * at_once; first += at_once) {
-                step(acc[0], first, kw, from, phase);
-                from += pixel_bytes, ++phase;
-                if (++kw < 3) continue;
-                kw = 0;
-                from += tiles.tap(1, 0) * pixel_bytes - 3 * pixel_bytes;
-                phase += tiles.tap_phase(1, 0) - 3;
+        for (unsigned chunk = 0; chunk < chunks; ++chunk) {
+            const unsigned limit = channels - chunk * Memory::chunk, next_channel = next_chunk * Memory::chunk + own_piece * 8;
+            const unsigned brings = next_tile < walk.count ? halo_pixels : 0;
+            // Tap number `first` / at_once, whose weights are in stage `slot`.
+            const auto step = [&](auto& sums, unsigned first, unsigned slot, unsigned from, unsigned phase) {
+                cp_async_wait_group<int(ahead) - 1>();
+                products.publish();
+                // All threads have brought what this step needs, and are through with what lies where is fetched to next:
+                // the step before or, where its products go on, the one before that.
+                __syncthreads();
+                weights.fetch((slot + ahead < stages ? slot + ahead : slot + ahead - stages) * Memory::stage);
+                typename Halo::Held brought[held];
+                const bool bringing = first < Geometry::most_halo && first < brings;
+                if (bringing) bring(brought, buffers - buffer, next_channel, first);
+                cp_async_commit_group();
+                const unsigned own = from + (matrix / 2 ^ phase / 2 % 4) * 16;
+                products.multiply(sums, slot * Memory::stage, limit, [&](uint32_t (&pixels)[4], unsigned i, unsigned k) {
+                    // Matrices: rows 0.. and 8.. of k 0.., then of k 8...
+                    ldmatrix<4>(pixels, dynamic_shared<T>(rows[i] + (own ^ 2 * k)));
+                });
+                if (bringing) halo.put(brought, next_channel);
+            };
+            if constexpr (cells) {
+#pragma unroll
+                for (unsigned kh = 0; kh < 3; ++kh)
+#pragma unroll
+                    for (unsigned kw = 0; kw < 3; ++kw) {
+                        const unsigned down = 1 - kh / 2, right = 1 - kw / 2;
+                        step(acc[kh % 2 * 2 + kw % 2], (3 * kh + kw) * at_once, slot_of(kw),
+                             buffer + tiles.tap(down, right) * pixel_bytes, own_row + tiles.tap_phase(down, right));
+                    }
+            } else {
+                unsigned from = buffer, phase = own_row, kw = 0;
+#pragma unroll 1
+                for (unsigned first = 0; first < 9 * at_once; first += at_once) {
+                    step(acc[0], first, slot_of(kw), from, phase);
+                    from += pixel_bytes, ++phase;
+                    if (++kw < 3) continue;
+                    kw = 0;
+                    from += tiles.tap(1, 0) * pixel_bytes - 3 * pixel_bytes;
+                    phase += tiles.tap_phase(1, 0) - 3;
+                }
             }
+            if (++next_chunk == chunks) {
+                next_chunk = 0;
+                // The table was last read some steps ago, and the next step's barrier comes before it is read again.
+                if (++next_tile < walk.count) enter(walk.first + next_tile);
+            }
+            buffer = buffers - buffer;
         }
-        if (++next_chunk == chunks) {
-            next_chunk = 0;
-            // The table was last read some steps ago, and the next step's barrier comes before it is read again.
-            if (++next_tile < walk.count) enter(walk.first + next_tile);
-        }
-        buffer = buffers - buffer;
-        if (++chunk < chunks) continue;
 #pragma unroll
         for (unsigned c = 0; c < (cells ? 4 : 1); ++c) {
+            products.finish(acc[c]);
             gemm_detail::turn<Tile>(dynamic_shared<float>(Memory::turn), acc[c], walk.first_column, epilogue,
                                     [&](unsigned row) { return geometry.row_pixel(walk.first + tile, c, row); });
 #pragma unroll
@@ -403,6 +514,5 @@ __device__ __forceinline__ void convolve(const Halo& halo, const typename Tile::
 #pragma unroll
                     for (float& sum : fragment) sum = 0.0f;
         }
-        chunk = 0, ++tile;
     }
 }

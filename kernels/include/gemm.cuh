@@ -6,6 +6,9 @@
 //     using Tile = GemmTile<bf16, 128, 64, 4, 2, 3>;      // block 128 x 64, 4 x 2 warps, 3 stages
 //     gemm<Tile, Major::k, Major::k>(a, b, walk, epilogue);
 //
+// or a WarpgroupTile, whose products are Hopper's wgmma: A goes through registers as ever, B is read by the tensor cores
+// where the pipeline has it.
+//
 // A block of Tile::threads threads computes, for one range of columns, `walk.tiles` row tiles one after the other: rows
 // walk.first_row + i Tile::bm .. of A, columns walk.first_column .. + Tile::bn (rows of B), over walk.k_steps steps of
 // Tile::bk from walk.first_k on, side by side or others' between them. The steps of all tiles are one pipeline: while a tile is being stored, the next one is
@@ -29,8 +32,8 @@
 //     Columns columns(unsigned c) const;              // c may be out of range: then anything may be returned
 //     void transform(float (&x)[4], const float (&second)[4], const Row&, const Columns&) const;
 //
-// row() is asked once for each row tile where r is a row of the operand, and in every step where it is a k or the
-// loader transforms and does not keep rows; place() and columns() in every step. Everything comes by cp.async,
+// row() is asked once for each row tile where r is a row of the operand, and in every step where it is a k, for a
+// WarpgroupTile, or if the loader transforms and does not keep rows; place() and columns() in every step. Everything comes by cp.async,
 // `stages - 1` steps ahead, without a register held; a loader that transforms does it in shared memory one step before
 // the product, each thread the pieces that it fetched, so that no barrier is added and a value is made once for a
 // block. What is outside stays zero: transform() never sees it. GemmMatrix below is the loader of a plain matrix.
@@ -46,7 +49,8 @@
 // of a block a thread has the same columns, first_column + GemmThread<Tile>::column .. + 7, if a warp has a power of two of
 // them; so sums over rows stay in registers, and gemm_column_sums adds them up over the block at the end, in a fixed order.
 //
-// Shared memory is free of bank conflicts: pieces of 16 bytes are swizzled by XOR with their row.
+// Shared memory is free of bank conflicts: pieces of 16 bytes are swizzled by XOR with their row. Of a WarpgroupTile that is
+// how wgmma wants B: rows of 64 bytes of k, or panels of 64 columns.
 #pragma once
 
 #include "ptx.cuh"
@@ -61,7 +65,7 @@ template <class Element, unsigned block_m, unsigned block_n, unsigned along_m, u
           bool in_tf32 = false>
 struct GemmTile {
     using T = Element;
-    static constexpr bool tf32 = in_tf32;
+    static constexpr bool tf32 = in_tf32, warpgroups = false;
     static_assert(!tf32 || sizeof(T) == 4, "what is rounded to tf32 is f32");
     static constexpr unsigned bm = block_m, bn = block_n, warps_m = along_m, warps_n = along_n, stages = depth;
     static constexpr unsigned threads = 32 * warps_m * warps_n;
@@ -73,6 +77,17 @@ struct GemmTile {
     /// A warp's piece for the turn: 16 or 8 rows, 8 floats apart from a multiple of 32 banks.
     static constexpr unsigned turn_rows = wn < 64 ? 16 : 8, turn_pitch = wn + 8, turn_floats = turn_rows * turn_pitch;
 };
+
+/// Of a block the same by warpgroups, each of four of its `along_m` warps; a warp has all columns.
+template <class Element, unsigned block_m, unsigned block_n, unsigned along_m, unsigned depth>
+struct WarpgroupTile : GemmTile<Element, block_m, block_n, along_m, 1, depth> {
+    static constexpr bool warpgroups = true;
+    static_assert(sizeof(Element) == 2 && along_m % 4 == 0, "f16 or bf16, and whole warpgroups");
+    static_assert(block_n % 64 == 0 && block_m % 16 == 0, "stages and panels begin at atoms of swizzled rows");
+};
+
+/// Whether this is compiled for a device that has the tile's products.
+template <class Tile> constexpr bool can_run = !Tile::warpgroups || has_wgmma;
 
 /// Where 16 bytes lie, and whether they exist.
 struct GemmPlace {
@@ -173,8 +188,9 @@ template <class Tile, Major major, unsigned width, class Loader> struct Operand 
     static_assert(Tile::threads % across == 0 && down % step == 0, "every thread fetches as much");
 
     const Loader& loader;
-    /// Of the tile that is being fetched, where memory rows are the operand's.
-    Row fetched[major == Major::k ? count : 1];
+    /// Of the tile that is being fetched, where memory rows are the operand's. A WarpgroupTile has no registers left for it.
+    static constexpr bool enters = major == Major::k && !Tile::warpgroups;
+    Row fetched[enters ? count : 1];
     /// Of the tile that is being transformed, if its loader likes them kept.
     static constexpr bool keeps = major == Major::k && keeps_rows<Loader>();
     Row kept[keeps ? count : 1];
@@ -183,11 +199,23 @@ template <class Tile, Major major, unsigned width, class Loader> struct Operand 
 
     /// The piece `c` of row `r` of shared memory.
     __device__ static __forceinline__ unsigned at(unsigned r, unsigned c) {
+        // Panels of 128 bytes, all rows of one before the next.
+        if constexpr (Tile::warpgroups && across > 8) return ((c / 8 * down + r) * 8 + (c % 8 ^ r % 8)) * chunk;
         return (r * across + (across == 4 ? c ^ (r / 2 % 4) : c ^ (r % 8))) * chunk;
     }
 
+    /// The 16 k from k on, of all rows of the operand, as wgmma's B.
+    __device__ static __forceinline__ uint64_t descriptor(const T* stage, unsigned k) {
+        if constexpr (major == Major::k) {
+            constexpr unsigned row_bytes = across * 16;
+            return wgmma_descriptor<row_bytes>(stage + k, 0, 8 * row_bytes);
+        } else {
+            return wgmma_descriptor<128>(stage + k * 64, down * 128, 8 * 128);
+        }
+    }
+
     __device__ __forceinline__ void enter(unsigned first) {
-        if constexpr (major == Major::k)
+        if constexpr (enters)
 #pragma unroll
             for (unsigned i = 0; i < count; ++i) fetched[i] = row(first, 0, i);
     }
@@ -204,7 +232,7 @@ template <class Tile, Major major, unsigned width, class Loader> struct Operand 
         const unsigned column = (major == Major::k ? k : first) + c * chunk;
 #pragma unroll
         for (unsigned i = 0; i < count; ++i) {
-            const Row own = major == Major::k ? fetched[major == Major::k ? i : 0] : row(first, k, i);
+            const Row own = enters ? fetched[enters ? i : 0] : row(first, k, i);
             const GemmPlace place = loader.place(own, column);
             T* to = stage + at(r + i * step, c);
 #pragma unroll
@@ -255,7 +283,18 @@ struct Cursor {
     }
 };
 
-/// acc += A B^T of one step.
+/// Four matrices of A as tensor cores take 16 rows from `row` on and 16 k from `k` on.
+template <Major major, class A, class T>
+__device__ __forceinline__ void load_rows(uint32_t (&rows)[4], const T* a, unsigned row, unsigned k) {
+    const unsigned lane = threadIdx.x % 32, matrix = lane / 8, r = lane % 8;
+    // Rows 0.. and 8.. of k 0.., then of k 8...
+    if constexpr (major == Major::k)
+        ldmatrix<4>(rows, a + A::at(row + matrix % 2 * 8 + r, k / 8 + matrix / 2));
+    else
+        ldmatrix_trans<4>(rows, a + A::at(k + matrix / 2 * 8 + r, row / 8 + matrix % 2));
+}
+
+/// acc += A B^T of one step; of a WarpgroupTile under way until finish_products.
 template <class Tile, Major a_major, Major b_major, class A, class B>
 __device__ __forceinline__ void multiply(const typename Tile::T* a, const typename Tile::T* b,
                                          float (&acc)[Tile::fragments_m][Tile::fragments_n][4]) {
@@ -263,7 +302,22 @@ __device__ __forceinline__ void multiply(const typename Tile::T* a, const typena
     const GemmThread<Tile> thread;
     const unsigned lane = thread.lane, matrix = lane / 8, r = lane % 8;
     const unsigned m = thread.warp_m * Tile::wm, n = thread.warp_n * Tile::wn;
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (Tile::warpgroups) {
+        // All of A first: registers may not be written between the fence and the products that read them.
+        uint32_t rows[Tile::bk / 16][Tile::fragments_m][4];
+#pragma unroll
+        for (unsigned k = 0; k < Tile::bk; k += 16)
+#pragma unroll
+            for (unsigned i = 0; i < Tile::fragments_m; ++i)
+                load_rows<a_major, A>(rows[k / 16][i], a, m + 16 * i, k);
+        wgmma_fence();
+#pragma unroll
+        for (unsigned k = 0; k < Tile::bk; k += 16)
+#pragma unroll
+            for (unsigned i = 0; i < Tile::fragments_m; ++i)
+                wgmma_m64k16<T, Tile::bn, b_major == Major::rows>(acc[i], rows[k / 16][i], B::descriptor(b, k));
+        wgmma_commit_group();
+    } else if constexpr (sizeof(T) == 2) {
 #pragma unroll
         for (unsigned k = 0; k < Tile::bk; k += 16) {
             uint32_t columns[Tile::fragments_n][2];
@@ -281,13 +335,8 @@ __device__ __forceinline__ void multiply(const typename Tile::T* a, const typena
             }
 #pragma unroll
             for (unsigned i = 0; i < Tile::fragments_m; ++i) {
-                const unsigned row = m + 16 * i;
-                // Matrices: rows 0.. and 8.. of k 0.., then of k 8...
                 uint32_t rows[4];
-                if constexpr (a_major == Major::k)
-                    ldmatrix<4>(rows, a + A::at(row + matrix % 2 * 8 + r, k / 8 + matrix / 2));
-                else
-                    ldmatrix_trans<4>(rows, a + A::at(k + matrix / 2 * 8 + r, row / 8 + matrix % 2));
+                load_rows<a_major, A>(rows, a, m + 16 * i, k);
 #pragma unroll
                 for (unsigned j = 0; j < Tile::fragments_n; ++j)
                     mma_m16n8k16<T>(acc[i][j], rows, columns[j], acc[i][j]);
@@ -372,6 +421,18 @@ __device__ __forceinline__ void multiply(const typename Tile::T* a, const typena
     }
 }
 
+/// Until here acc and the step in shared memory belong to the tensor cores.
+template <class Tile>
+__device__ __forceinline__ void finish_products(float (&acc)[Tile::fragments_m][Tile::fragments_n][4]) {
+    if constexpr (Tile::warpgroups) {
+        // Lanes may have parted in a loader's transform.
+        __syncwarp();
+        wgmma_wait_group<0>();
+#pragma unroll
+        for (auto& fragments : acc) wgmma_settle(fragments);
+    }
+}
+
 /// Hands a tile to the epilogue, turn_rows rows of a warp at a time; row r of the tile is `row_of(r)` there.
 template <class Tile, class Epilogue, class RowOf>
 __device__ __forceinline__ void turn(float* memory, const float (&acc)[Tile::fragments_m][Tile::fragments_n][4],
@@ -383,6 +444,9 @@ __device__ __forceinline__ void turn(float* memory, const float (&acc)[Tile::fra
     const unsigned g = thread.lane / 4, t = thread.lane % 4;
     constexpr unsigned eights = Tile::turn_rows / 8, count = Tile::turn_rows * Thread::groups / 32;
     static_assert(Tile::turn_rows * Thread::groups % 32 == 0, "every lane has as much");
+    // So many are prefetched at a time; more would not be left registers.
+    constexpr unsigned batch = count < 4 ? count : 2;
+    static_assert(count % batch == 0);
 #pragma unroll
     for (unsigned i = 0; i < 2 * Tile::fragments_m; i += eights) {
         const unsigned first_row = thread.warp_m * Tile::wm + 8 * i;
@@ -399,19 +463,22 @@ __device__ __forceinline__ void turn(float* memory, const float (&acc)[Tile::fra
         const auto r = [&](unsigned h) { return (thread.lane + 32 * h) / Thread::groups; };
         const auto c = [&](unsigned h) { return (thread.lane + 32 * h) % Thread::groups * 8; };
         const unsigned column = first_column + thread.warp_n * Tile::wn;
-        unsigned row[count];
-        typename Epilogue::Extra extra[count];
 #pragma unroll
-        for (unsigned h = 0; h < count; ++h) {
-            row[h] = row_of(first_row + r(h));
-            extra[h] = epilogue.prefetch(row[h], column + c(h));
-        }
-        __syncwarp();
+        for (unsigned first = 0; first < count; first += batch) {
+            unsigned row[batch];
+            typename Epilogue::Extra extra[batch];
 #pragma unroll
-        for (unsigned h = 0; h < count; ++h) {
-            float x[8];
-            load8(piece + r(h) * Tile::turn_pitch + c(h), x);
-            epilogue.store(row[h], column + c(h), x, extra[h]);
+            for (unsigned h = 0; h < batch; ++h) {
+                row[h] = row_of(first_row + r(first + h));
+                extra[h] = epilogue.prefetch(row[h], column + c(first + h));
+            }
+            if (first == 0) __syncwarp();
+#pragma unroll
+            for (unsigned h = 0; h < batch; ++h) {
+                float x[8];
+                load8(piece + r(first + h) * Tile::turn_pitch + c(first + h), x);
+                epilogue.store(row[h], column + c(first + h), x, extra[h]);
+            }
         }
     }
 }
@@ -429,7 +496,7 @@ __device__ __forceinline__ void gemm(const A& a, const B& b, const GemmWalk& wal
     constexpr unsigned stages = Tile::stages, b_begin = A::sources * Memory::a_elements;
     RowsOf rows(a);
     ColumnsOf columns(b);
-    T* pipeline = dynamic_shared<T>();
+    T* pipeline = dynamic_shared<T, Tile::warpgroups ? 1024 : 128>();
     float* turned = dynamic_shared<float>(Memory::pipeline);
     const auto first_row = [&](const Cursor& at) { return walk.first_row + at.tile * Tile::bm; };
     const auto first_k = [&](const Cursor& at) { return walk.first_k + at.step * walk.apart * Tile::bk; };
@@ -453,6 +520,8 @@ __device__ __forceinline__ void gemm(const A& a, const B& b, const GemmWalk& wal
         T* stage = pipeline + slot * Memory::stage_elements;
         rows.transform(stage, first_row(at), first_k(at));
         columns.transform(stage + b_begin, walk.first_column, first_k(at));
+        // What this thread has copied and made of it is in place; the barrier ahead then tells the tensor cores, too.
+        if constexpr (Tile::warpgroups) fence_proxy_async_shared();
     };
 
     float acc[Tile::fragments_m][Tile::fragments_n][4] = {};
@@ -468,6 +537,7 @@ __device__ __forceinline__ void gemm(const A& a, const B& b, const GemmWalk& wal
         multiply<Tile, a_major, b_major, RowsOf, ColumnsOf>(stage, stage + b_begin, acc);
         const Cursor next = done.next(walk.k_steps);
         if (next.step == 0) {
+            finish_products<Tile>(acc);
             const unsigned first = first_row(done);
             turn<Tile>(turned, acc, walk.first_column, epilogue, [&](unsigned row) { return first + row; });
 #pragma unroll
@@ -479,7 +549,10 @@ __device__ __forceinline__ void gemm(const A& a, const B& b, const GemmWalk& wal
         }
         done = next;
         if (++slot == stages) slot = 0;
+        // A WarpgroupTile's products go on meanwhile: this writes another stage than theirs. Theirs is fetched into behind the
+        // next barrier, and then no warp's products read it any more.
         transform(done, slot);
+        finish_products<Tile>(acc);
     }
 }
 

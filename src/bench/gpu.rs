@@ -38,4 +38,8 @@ impl<T: FusedElement> Measured for Accelerated<T> {
     fn mode(&self) -> &'static str {
         if self.graphs() > 0 { "graph" } else { "plain" }
     }
+
+    fn overlaps(&self) -> bool {
+        self.device().is_overlapping()
+    }
 }

@@ -51,6 +51,9 @@ pub trait Measured: Backend<Element = f32> {
 
     /// How training passes were run so far: "graph" when they were replayed, "plain" else.
     fn mode(&self) -> &'static str;
+
+    /// Whether kernels are set up while the ones before them still run.
+    fn overlaps(&self) -> bool;
 }
 
 impl Measured for Reference<f32> {
@@ -70,6 +73,10 @@ impl Measured for Reference<f32> {
 
     fn mode(&self) -> &'static str {
         "plain"
+    }
+
+    fn overlaps(&self) -> bool {
+        false
     }
 }
 

@@ -56,6 +56,9 @@ pub struct StepResult {
     pub dtype: Dtype,
     /// How it was run: "plain", "graph", or a mode of a peer.
     pub mode: String,
+    /// Whether kernels were set up while the ones before them still ran.
+    #[serde(default)]
+    pub overlap: bool,
     /// The time of a step.
     pub time: Milliseconds,
     /// Images a second.
@@ -209,6 +212,7 @@ pub fn run<B: Backend, C: Clock>(
         batch,
         dtype,
         mode: "plain".into(),
+        overlap: false,
         time,
         images_per_second: batch as f64 / (time.median / 1e3),
         parameters: total.parameters,

@@ -425,7 +425,8 @@ pub fn measure<T: FusedElement>(
     let Convolution { conv, x, .. } = convolution;
     let rule = Plan::<T>::new(device, &convolution, dtype, Choices::default())?;
     let mut plans = vec![(Choice::default(), Ok(rule))];
-    for choice in possible(candidate, dtype)? {
+    let can_run = |choice: &Choice| choice.way != Some(tuning::Way::Wgmma) || device.has_wgmma();
+    for choice in possible(candidate, dtype)?.into_iter().filter(can_run) {
         plans.push((choice, Plan::new(device, &convolution, dtype, Choices::only(launch, choice))));
     }
     // Choices that come to the same launch are one way; layouts of other ranks and other orders of the same blocks are others,

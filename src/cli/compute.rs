@@ -24,6 +24,10 @@ pub(super) struct Compute {
     /// Record training passes as CUDA graphs; it changes no bit of the result.
     #[arg(long, default_value = "on", help_heading = HEADING)]
     graph: Switch,
+    /// Set up a kernel's blocks while the last ones of the kernel before still run (programmatic dependent launch; a GPU of
+    /// compute capability 9.0 or later); it changes no bit of the result.
+    #[arg(long, default_value = "off", help_heading = HEADING)]
+    overlap: Switch,
     /// Launch convolutions as this file says, which `bench tune` wrote for this GPU: faster, and other in the last bits than
     /// by the rules, which are the same on every GPU [default: none, the rules].
     #[arg(long, value_name = "FILE", help_heading = HEADING)]
@@ -112,6 +116,10 @@ impl Compute {
                 let problem = "the CPU reference launches no kernels that could be tuned; leave --tuning out";
                 return Err(Error::usage("--tuning", path.display(), problem));
             }
+            if self.overlap == Switch::On {
+                let problem = "the CPU reference launches no kernels that could overlap; leave --overlap out";
+                return Err(Error::usage("--overlap", "on", problem));
+            }
             match self.dtype.map(Dtype::from) {
                 Some(dtype) if dtype != Dtype::F32 => {
                     let problem =
@@ -157,6 +165,10 @@ impl Compute {
         if let Some(path) = &self.tuning {
             let problem = "this measures launches by the rules; leave --tuning out";
             return Err(Error::usage("--tuning", path.display(), problem));
+        }
+        if self.overlap == Switch::On {
+            let problem = "this measures each launch on its own; leave --overlap out";
+            return Err(Error::usage("--overlap", "on", problem));
         }
         let (device, why) = match gpu::open(&self.device)? {
             Some(opened) => opened,
@@ -222,6 +234,10 @@ mod gpu {
             tuning.check(&device, path)?;
             let (count, path) = (tuning.launches.len(), path.display());
             why += &format!("; {count} launches tuned by {path}, so the last bits are its own");
+        }
+        if flags.overlap == Switch::On {
+            device.set_overlapping(true).map_err(|e| Error::usage("--overlap", "on", e.to_string()))?;
+            why += "; kernels overlap";
         }
         announce(&name(&device), dtype, &why)?;
         let graphs = flags.graph == Switch::On;

@@ -4,7 +4,7 @@ use super::driver_error::Doing;
 use super::module::{Family, Module};
 use super::monitor::{Launched, Monitor};
 use super::probe::{self, Gpu};
-use super::{Element, HostControl, transfer};
+use super::{Element, HostControl, Image, embedded_images, transfer};
 use crate::{Error, Result};
 use cudarc::driver::sys::{CUevent_flags, CUmemPool_attribute};
 use cudarc::driver::{
@@ -93,6 +93,12 @@ impl Device {
         self.0.is_host
     }
 
+    /// Whether it runs kernels with wgmma, which are traps elsewhere: Hopper, with an image for it alone, and the host device.
+    pub fn has_wgmma(&self) -> bool {
+        let best = Image::best(&embedded_images(), self.0.gpu.capability);
+        self.is_host() || best.is_some_and(|image| image.exact && image.capability == (9, 0))
+    }
+
     /// Whether every launch is waited for, so that an error names the kernel it arose in.
     pub fn is_debugging(&self) -> bool {
         self.0.monitor.is_debugging()
@@ -101,6 +107,33 @@ impl Device {
     /// Waits for every launch from now on, or no more.
     pub fn set_debugging(&self, debugging: bool) {
         self.0.monitor.set_debugging(debugging);
+    }
+
+    /// Whether launches overlap.
+    pub fn is_overlapping(&self) -> bool {
+        self.0.monitor.is_overlapping()
+    }
+
+    /// From now on lets the blocks of each kernel be set up while the last ones of the kernel before it still run
+    /// (programmatic dependent launch), or no more. They wait there until that kernel is done, so no bit of any result
+    /// changes. A [`Graph`](super::Graph) replays launches as they were when it was recorded.
+    ///
+    /// # Errors
+    /// [`Error::NoOverlap`] when the GPU, or what the kernels for it were built for, is older than compute capability 9.0.
+    pub fn set_overlapping(&self, overlapping: bool) -> Result<()> {
+        let gpu = self.gpu();
+        // The host device has the kernels in itself, and checks that they wait.
+        if overlapping && !self.is_host() {
+            let image = Image::best(&embedded_images(), gpu.capability);
+            if let Some(problem) = cannot_overlap(gpu.capability, image) {
+                return Err(Error::NoOverlap {
+                    device: format!("GPU {} ({})", gpu.ordinal, gpu.name),
+                    problem,
+                });
+            }
+        }
+        self.0.monitor.set_overlapping(overlapping);
+        Ok(())
     }
 
     /// Writes down every launch from now on, also those that a [`Graph`](super::Graph) records.
@@ -283,6 +316,24 @@ impl Device {
     }
 }
 
+/// Why a GPU that runs this image cannot begin a kernel before the last one's end; none if it can.
+fn cannot_overlap(capability: (u32, u32), image: Option<Image>) -> Option<String> {
+    const LEAST: (u32, u32) = (9, 0);
+    let image = image.filter(|image| image.capability < LEAST);
+    if capability < LEAST {
+        let (major, minor) = capability;
+        let needed = "programmatic dependent launch came with 9.0 (Hopper)";
+        return Some(format!("it has compute capability {major}.{minor}, and {needed}"));
+    }
+    image.map(|image| {
+        let (major, minor) = capability;
+        format!(
+            "it runs kernels that were built for {image}, which cannot wait for the ones before: build again with \
+             EFFNETV2_CUDA_ARCHS={major}{minor}"
+        )
+    })
+}
+
 /// A moment in the order of a GPU's work.
 #[derive(Debug)]
 pub struct Mark(CudaEvent);
@@ -298,5 +349,23 @@ fn keep_freed_memory(context: &Arc<CudaContext>) -> Result<(), DriverError> {
         let pool = result::device::get_default_mem_pool(context.cu_device())?;
         let value = (&raw mut threshold).cast();
         result::mem_pool::set_attribute(pool, CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, value)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_overlap_says_why() {
+        let image = |capability| Some(Image { capability, exact: false, ptx: capability == (8, 0) });
+        assert_eq!(cannot_overlap((9, 0), image((9, 0))), None);
+        assert_eq!(cannot_overlap((12, 1), image((12, 0))), None);
+        let old = cannot_overlap((8, 9), image((8, 9))).unwrap();
+        assert!(old.contains("capability 8.9") && old.contains("9.0 (Hopper)"), "{old}");
+        let built = cannot_overlap((11, 0), image((8, 0))).unwrap();
+        assert!(built.contains("compute_80") && built.contains("EFFNETV2_CUDA_ARCHS=110"), "{built}");
+        // Without kernels there is nothing to launch.
+        assert_eq!(cannot_overlap((9, 0), None), None);
     }
 }

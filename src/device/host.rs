@@ -43,6 +43,11 @@ impl HostControl {
     pub fn defer(&self, deferred: bool) {
         library::set_deferred(deferred);
     }
+
+    /// How many launches that have run could have begun before the one ahead had ended.
+    pub fn dependents(&self) -> u64 {
+        library::dependents()
+    }
 }
 
 #[cfg(target_os = "linux")]
@@ -63,6 +68,7 @@ mod library {
         name: Symbol<unsafe extern "C" fn(usize) -> *const c_char>,
         family: Symbol<unsafe extern "C" fn(usize) -> *const c_char>,
         signature: Symbol<unsafe extern "C" fn(*const c_char) -> *const c_char>,
+        dependents: Symbol<unsafe extern "C" fn() -> u64>,
         set_seed: Symbol<unsafe extern "C" fn(u64)>,
         set_deferred: Symbol<unsafe extern "C" fn(c_int)>,
         _library: Library,
@@ -84,6 +90,7 @@ mod library {
                 name: library.get(b"effnetv2_host_kernel_name")?,
                 family: library.get(b"effnetv2_host_kernel_family")?,
                 signature: library.get(b"effnetv2_host_kernel_signature")?,
+                dependents: library.get(b"effnetv2_host_dependent_count")?,
                 set_seed: library.get(b"effnetv2_host_set_seed")?,
                 set_deferred: library.get(b"effnetv2_host_set_deferred")?,
                 _library: library,
@@ -110,6 +117,11 @@ mod library {
         };
         // SAFETY: as above.
         (0..unsafe { (functions.count)() }).map(kernel).collect()
+    }
+
+    pub(super) fn dependents() -> u64 {
+        // SAFETY: reads a number.
+        LIBRARY.get().map_or(0, |functions| unsafe { (functions.dependents)() })
     }
 
     pub(super) fn set_seed(seed: u64) {
@@ -139,6 +151,10 @@ mod library {
 
     pub(super) fn kernels() -> Option<Vec<HostKernel>> {
         None
+    }
+
+    pub(super) fn dependents() -> u64 {
+        0
     }
 
     pub(super) fn set_seed(_: u64) {}

@@ -6,11 +6,17 @@
 use super::driver_error::convert;
 use super::{Element, Kernel, Launched};
 use crate::{Error, Result};
-use cudarc::driver::sys::CUstreamCaptureStatus;
-use cudarc::driver::{
-    CudaStream, CudaView, CudaViewMut, DeviceRepr, DriverError, LaunchArgs, LaunchConfig, PushKernelArg,
+use cudarc::driver::sys::{
+    CUdeviceptr, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig,
+    CUstreamCaptureStatus, cuLaunchKernelEx,
 };
+use cudarc::driver::{
+    CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr, DriverError, result,
+};
+use std::ffi::c_void;
 use std::fmt::{self, Debug, Display, Formatter};
+use std::marker::PhantomData;
+use std::ptr;
 use std::sync::Arc;
 
 /// A value passed to a kernel.
@@ -38,14 +44,21 @@ impl Argument for f64 {
     const CODE: &'static str = "d";
 }
 
-static NULL: u64 = 0;
+/// Where the value of an argument is.
+enum Slot {
+    /// Here: the address of a buffer, which is borrowed for as long as the launch.
+    Address(CUdeviceptr),
+    /// There, and borrowed as well.
+    Borrowed(*const c_void),
+}
 
 /// A launch being put together: arguments in the order of the kernel's parameters, then [`run`](Self::run).
 pub struct Launch<'a> {
     kernel: &'a Kernel,
     stream: &'a Arc<CudaStream>,
-    arguments: LaunchArgs<'a>,
+    arguments: Vec<Slot>,
     codes: String,
+    borrowed: PhantomData<&'a c_void>,
 }
 
 impl Debug for Launch<'_> {
@@ -58,27 +71,26 @@ impl Kernel {
     /// Begins a launch on `stream`.
     pub fn on<'a>(&'a self, stream: &'a Arc<CudaStream>) -> Launch<'a> {
         let codes = String::with_capacity(self.entry.signature.len());
-        Launch { kernel: self, stream, arguments: stream.launch_builder(&self.function), codes }
+        Launch { kernel: self, stream, arguments: Vec::new(), codes, borrowed: PhantomData }
     }
 }
 
 impl<'a> Launch<'a> {
     /// A buffer that the kernel reads.
     pub fn input<'b: 'a, 'c: 'b, T: Element>(&mut self, view: &'b CudaView<'c, T>) -> &mut Self {
-        self.arguments.arg(view);
-        self.code("p")
+        let (address, _) = view.device_ptr(self.stream);
+        self.argument(Slot::Address(address), "p")
     }
 
     /// A buffer that the kernel writes.
     pub fn output<'b: 'a, 'c: 'b, T: Element>(&mut self, view: &'b mut CudaViewMut<'c, T>) -> &mut Self {
-        self.arguments.arg(view);
-        self.code("p")
+        let (address, _) = view.device_ptr_mut(self.stream);
+        self.argument(Slot::Address(address), "p")
     }
 
     /// A null pointer, for a buffer that the kernel can do without.
     pub fn null(&mut self) -> &mut Self {
-        self.arguments.arg(&NULL);
-        self.code("p")
+        self.argument(Slot::Address(0), "p")
     }
 
     /// The buffer or a null pointer.
@@ -94,11 +106,11 @@ impl<'a> Launch<'a> {
 
     /// A number or a struct.
     pub fn value<T: Argument>(&mut self, value: &'a T) -> &mut Self {
-        self.arguments.arg(value);
-        self.code(T::CODE)
+        self.argument(Slot::Borrowed(ptr::from_ref(value).cast()), T::CODE)
     }
 
-    fn code(&mut self, code: &str) -> &mut Self {
+    fn argument(&mut self, slot: Slot, code: &str) -> &mut Self {
+        self.arguments.push(slot);
         self.codes.push_str(code);
         self
     }
@@ -114,7 +126,7 @@ impl<'a> Launch<'a> {
     /// With these arguments, this grid and this much shared memory the kernel must stay within the buffers it was given,
     /// and no other work may use a buffer that it writes at the same time.
     pub unsafe fn run(&mut self, grid: [u32; 3], shared: u32, shapes: impl Display) -> Result<()> {
-        let Self { kernel, stream, .. } = self;
+        let (kernel, stream) = (self.kernel, self.stream);
         if self.codes != kernel.entry.signature {
             let problem = format!(
                 "the kernel `{}` takes arguments of the types \"{}\", not \"{}\"",
@@ -122,17 +134,60 @@ impl<'a> Launch<'a> {
             );
             return Err(Error::Shape { operation: "launch", problem });
         }
-        let configuration = LaunchConfig {
-            grid_dim: grid.into(),
-            block_dim: (kernel.entry.threads, 1, 1),
-            shared_mem_bytes: shared,
-        };
         let launched = Launched { kernel: kernel.entry.name, grid, threads: kernel.entry.threads, shared };
         kernel.monitor.note(&launched);
         // SAFETY: the arguments are of the kernel's types; the rest is the caller's promise.
-        let done = unsafe { self.arguments.launch(configuration) };
-        let finished = done.and_then(|_| if kernel.monitor.is_debugging() { finish(stream) } else { Ok(()) });
+        let done = unsafe { self.submit(grid, shared) };
+        let finished =
+            done.and_then(|()| if kernel.monitor.is_debugging() { finish(stream) } else { Ok(()) });
         finished.map_err(|error| convert(error, format!("launch {launched}, {shapes}")))
+    }
+
+    /// Hands the launch to the driver, which reads the arguments before it returns.
+    ///
+    /// # Safety
+    /// That of [`run`](Self::run), and the arguments are of the kernel's types.
+    unsafe fn submit(&self, grid: [u32; 3], shared: u32) -> Result<(), DriverError> {
+        let pointer = |slot: &Slot| match slot {
+            Slot::Address(address) => ptr::from_ref(address).cast_mut().cast(),
+            Slot::Borrowed(value) => value.cast_mut(),
+        };
+        // Of values that this launch holds or borrows; the driver only reads them.
+        let mut pointers: Vec<*mut c_void> = self.arguments.iter().map(pointer).collect();
+        let (function, stream, threads) =
+            (self.kernel.function.cu_function(), self.stream.cu_stream(), self.kernel.entry.threads);
+        self.stream.context().bind_to_thread()?;
+        if !self.kernel.monitor.is_overlapping() {
+            // SAFETY: function and stream are alive; the arguments are the caller's promise.
+            return unsafe {
+                result::launch_kernel(function, grid.into(), (threads, 1, 1), shared, stream, &mut pointers)
+            };
+        }
+        let mut dependent = CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue { pad: [0; 64] },
+        };
+        dependent.value.programmaticStreamSerializationAllowed = 1;
+        let configuration = CUlaunchConfig {
+            gridDimX: grid[0],
+            gridDimY: grid[1],
+            gridDimZ: grid[2],
+            blockDimX: threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared,
+            hStream: stream,
+            attrs: &raw mut dependent,
+            numAttrs: 1,
+        };
+        // SAFETY: as above, and every kernel waits for its predecessors before it touches memory (`after_predecessors` in
+        // kernels/include/predecessors.cuh; tests/machine_code.rs looks for it in the machine code), so the order of the
+        // stream holds for what it reads and writes. The driver reads configuration and attribute before it returns.
+        unsafe {
+            cuLaunchKernelEx(&raw const configuration, function, pointers.as_mut_ptr(), ptr::null_mut())
+        }
+        .result()
     }
 }
 

@@ -9,7 +9,8 @@
 //! Ordering. cudarc can order the streams of a context by events around every launch; that costs microseconds for each
 //! argument and cannot be captured, so it is off here. Everything in this crate computes on [`Device::compute`], in the
 //! order of the calls, and what `Staging` copies is joined to it. Whoever opens streams of their own on
-//! [`Device::context`] orders them by events of their own.
+//! [`Device::context`] orders them by events of their own. With [`Device::set_overlapping`] a kernel's blocks are set up
+//! before the kernel ahead has ended; each waits by itself, so that this order stands (kernels/include/predecessors.cuh).
 //!
 //! Nothing here panics without a driver, and nothing chooses for the user: [`Device::cuda`] is a GPU or an error, and
 //! [`Device::host`] is the host device, which runs the same kernels on the CPU to check them (kernels/host/README.md).

@@ -1,4 +1,4 @@
-//! What watches the launches of a device: waiting for each, and a list of them.
+//! How the launches of a device are made, and what watches them: overlapping, waiting for each, a list of them.
 
 use std::fmt::{self, Display, Formatter};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -31,12 +31,21 @@ impl Display for Launched {
 /// One for a device and all its kernels.
 #[derive(Debug, Default)]
 pub(super) struct Monitor {
+    overlapping: AtomicBool,
     debugging: AtomicBool,
     logging: AtomicBool,
     log: Mutex<Vec<Launched>>,
 }
 
 impl Monitor {
+    pub(super) fn is_overlapping(&self) -> bool {
+        self.overlapping.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_overlapping(&self, overlapping: bool) {
+        self.overlapping.store(overlapping, Ordering::Relaxed);
+    }
+
     pub(super) fn is_debugging(&self) -> bool {
         self.debugging.load(Ordering::Relaxed)
     }

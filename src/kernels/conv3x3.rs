@@ -65,6 +65,16 @@ pub const FAMILY: Family = Family {
         tiles("conv3x3_dgrad_tiles48_bf16", DGRAD_TILES),
         tiles("conv3x3_dgrad_tiles64_f16", DGRAD_TILES),
         tiles("conv3x3_dgrad_tiles64_bf16", DGRAD_TILES),
+        tiles("conv3x3_fprop_wgmma32_f16", FPROP_TILES),
+        tiles("conv3x3_fprop_wgmma32_bf16", FPROP_TILES),
+        tiles("conv3x3_fprop_wgmma64_f16", FPROP_TILES),
+        tiles("conv3x3_fprop_wgmma64_bf16", FPROP_TILES),
+        tiles("conv3x3_dgrad_wgmma32_f16", DGRAD_TILES),
+        tiles("conv3x3_dgrad_wgmma32_bf16", DGRAD_TILES),
+        tiles("conv3x3_dgrad_wgmma48_f16", DGRAD_TILES),
+        tiles("conv3x3_dgrad_wgmma48_bf16", DGRAD_TILES),
+        tiles("conv3x3_dgrad_wgmma64_f16", DGRAD_TILES),
+        tiles("conv3x3_dgrad_wgmma64_bf16", DGRAD_TILES),
         tiles("conv3x3_dgrad_cells32_f16", DGRAD_CELLS),
         tiles("conv3x3_dgrad_cells32_bf16", DGRAD_CELLS),
         tiles("conv3x3_dgrad_cells48_f16", DGRAD_CELLS),
@@ -255,10 +265,10 @@ impl Conv3x3Shape {
     }
 
     /// What a tuning can choose from: an implicit product or, in f16 and bf16, spatial tiles, with columns of a tile; but
-    /// fprop of stride 2 is always a product. Of the gradient of the weights how many blocks there are, or in f16 and bf16
+    /// fprop of stride 2 is always a product. With stride 1 tiles may be multiplied by wgmma, on a device that has it. Of the gradient of the weights how many blocks there are, or in f16 and bf16
     /// which of the layouts of strips that promise the most, from the second best on.
     pub fn choices(&self, dtype: Dtype, launch: Launch) -> Vec<Choice> {
-        let ways = |channels: usize, products: &[Tile], spatial: &[Columns]| {
+        let ways = |channels: usize, products: &[Tile], tiles: fn(&Self, Way) -> &'static [Columns]| {
             if dtype.bytes() == 4 {
                 return Vec::new();
             }
@@ -266,14 +276,13 @@ impl Conv3x3Shape {
             let most = (channels as u32).next_power_of_two().clamp(Tile::NARROW.columns, Tile::WIDE.columns);
             let products = products.iter().map(|tile| tile.columns).filter(|&columns| columns <= most);
             let products = products.map(|columns| Choice::by(Way::Product).columns(columns));
-            products
-                .chain(spatial.iter().map(|tile| Choice::by(Way::Spatial).columns(tile.columns)))
-                .collect()
+            let on_tiles =
+                |way| tiles(self, way).iter().map(move |tile| Choice::by(way).columns(tile.columns));
+            products.chain(on_tiles(Way::Spatial)).chain(on_tiles(Way::Wgmma)).collect()
         };
-        let forward = if self.tiles.is_some() { Columns::FORWARD } else { &[] };
         match launch {
-            Launch::Fprop => ways(self.y.c, &[Tile::NARROW, Tile::WIDE], forward),
-            Launch::Dgrad => ways(self.x.c, &[Tile::NARROW], self.gradient_columns()),
+            Launch::Fprop => ways(self.y.c, &[Tile::NARROW, Tile::WIDE], Self::all_forward),
+            Launch::Dgrad => ways(self.x.c, &[Tile::NARROW], Self::all_backward),
             Launch::Wgrad if dtype.bytes() == 4 => {
                 [264, 528, 1056].map(|blocks| Choice::default().blocks(blocks)).to_vec()
             }
@@ -328,24 +337,41 @@ impl Conv3x3Shape {
 
     /// Whether tiles of pixels or cells are computed on.
     fn are_taken(tiles: &ConvTiles, bounds: Bounds, dtype: Dtype, choice: Choice) -> bool {
-        let chosen = choice.way.map(|way| way == Way::Spatial);
+        let chosen = choice.way.map(|way| way != Way::Product);
         dtype.bytes() == 2 && chosen.unwrap_or_else(|| tiles.are_filled(bounds))
     }
 
-    fn forward_columns(&self) -> Columns {
-        let columns = self.choices.fprop.columns.and_then(|columns| Columns::with(columns, Columns::FORWARD));
-        columns.unwrap_or_else(|| Columns::forward(self.y.c as u32))
+    /// Of fprop on spatial tiles, those there are.
+    fn all_forward(&self, way: Way) -> &'static [Columns] {
+        match (self.geometry.stride, way) {
+            (1, Way::Wgmma) => Columns::FORWARD_WGMMA,
+            (1, _) => Columns::FORWARD,
+            _ => &[],
+        }
     }
 
-    /// Of dgrad on spatial tiles, those there are.
-    const fn gradient_columns(&self) -> &'static [Columns] {
-        if self.geometry.stride == 1 { Columns::BACKWARD } else { Columns::CELLS }
+    /// The same of dgrad.
+    fn all_backward(&self, way: Way) -> &'static [Columns] {
+        match (self.geometry.stride, way) {
+            (1, Way::Wgmma) => Columns::BACKWARD_WGMMA,
+            (1, _) => Columns::BACKWARD,
+            (_, Way::Wgmma) => &[],
+            _ => Columns::CELLS,
+        }
+    }
+
+    fn forward_columns(&self) -> Columns {
+        let choice = self.choices.fprop;
+        Columns::chosen(choice.columns, self.y.c as u32, self.all_forward(choice.way.unwrap_or(Way::Spatial)))
     }
 
     fn backward_columns(&self) -> Columns {
-        let all = self.gradient_columns();
-        let columns = self.choices.dgrad.columns.and_then(|columns| Columns::with(columns, all));
-        columns.unwrap_or_else(|| Columns::of(self.x.c as u32, all))
+        let choice = self.choices.dgrad;
+        Columns::chosen(
+            choice.columns,
+            self.x.c as u32,
+            self.all_backward(choice.way.unwrap_or(Way::Spatial)),
+        )
     }
 
     /// Of fprop.
@@ -572,10 +598,12 @@ impl<T: RawElement> Conv3x3<T> {
     /// The same, multiplying as `dtype` says, with launches as a tuning chooses them.
     ///
     /// # Errors
-    /// Those of [`plan`](Self::plan) and of [`Conv3x3Shape::with`]; [`Error::Shape`] if elements of `dtype` are no `T`.
+    /// Those of [`plan`](Self::plan) and of [`Conv3x3Shape::with`]; [`Error::Shape`] if elements of `dtype` are no `T`, and for
+    /// [`Way::Wgmma`] on a device without it.
     pub fn plan_with(device: &Device, conv: &Conv, x: Shape, dtype: Dtype, choices: Choices) -> Result<Self> {
         check_storage::<T>(OPERATION, dtype)?;
         let shape = Conv3x3Shape::new(conv, x)?.with(dtype, choices)?;
+        choices.check_device(OPERATION, device)?;
         let module = device.module(&FAMILY)?;
         let kernel = |work: Work| {
             let kernel = module.kernel(&work.kernel)?;

@@ -22,6 +22,8 @@ pub(super) struct Columns {
     pub(super) columns: u32,
     /// Rows of the product, each a pixel of a tile or a cell, and what a kernel has a table for.
     pub(super) bounds: Bounds,
+    /// Of the weights' pipeline.
+    stages: u32,
 }
 
 /// Of tiles of pixels.
@@ -31,7 +33,9 @@ const CELL_HALO: u32 = 192;
 /// Threads of a block.
 pub(super) const THREADS: u32 = 128;
 const WARPS: u32 = THREADS / 32;
+/// Stages of weights where each warp multiplies its own rows, and where a warpgroup does.
 const STAGES: u32 = 3;
+const WARPGROUP_STAGES: u32 = 4;
 /// Bytes of a chunk of channels.
 const CHUNK_BYTES: u32 = 64;
 
@@ -41,29 +45,31 @@ pub(super) const fn steps(channels: u32) -> u32 {
 }
 
 impl Columns {
-    const C32: Self = Self { name: "tiles32", columns: 32, bounds: BOUNDS };
-    const C48: Self = Self { name: "tiles48", columns: 48, bounds: BOUNDS };
-    const C64: Self = Self { name: "tiles64", columns: 64, bounds: BOUNDS };
+    const C32: Self = Self { name: "tiles32", columns: 32, bounds: BOUNDS, stages: STAGES };
+    const C48: Self = Self { name: "tiles48", columns: 48, ..Self::C32 };
+    const C64: Self = Self { name: "tiles64", columns: 64, ..Self::C32 };
+    const W32: Self = Self { name: "wgmma32", stages: WARPGROUP_STAGES, ..Self::C32 };
+    const W48: Self = Self { name: "wgmma48", stages: WARPGROUP_STAGES, ..Self::C48 };
+    const W64: Self = Self { name: "wgmma64", stages: WARPGROUP_STAGES, ..Self::C64 };
     const CELLS32: Self =
-        Self { name: "cells32", columns: 32, bounds: Bounds { pixels: 128, halo: CELL_HALO } };
+        Self { name: "cells32", bounds: Bounds { pixels: 128, halo: CELL_HALO }, ..Self::C32 };
     const CELLS48: Self =
-        Self { name: "cells48", columns: 48, bounds: Bounds { pixels: 64, halo: CELL_HALO } };
+        Self { name: "cells48", bounds: Bounds { pixels: 64, halo: CELL_HALO }, ..Self::C48 };
 
     /// Those there are for fprop, whose sums over rows need a power of two.
     pub(super) const FORWARD: &[Self] = &[Self::C64, Self::C32];
     /// Those there are for dgrad.
     pub(super) const BACKWARD: &[Self] = &[Self::C64, Self::C48, Self::C32];
+    /// The same, multiplied by warpgroups.
+    pub(super) const FORWARD_WGMMA: &[Self] = &[Self::W64, Self::W32];
+    pub(super) const BACKWARD_WGMMA: &[Self] = &[Self::W64, Self::W48, Self::W32];
     /// Those there are for dgrad with stride 2.
     pub(super) const CELLS: &[Self] = &[Self::CELLS32, Self::CELLS48];
 
-    /// Of those for fprop the widest that computes the fewest.
-    pub(super) fn forward(columns: u32) -> Self {
-        Self::of(columns, Self::FORWARD)
-    }
-
-    /// The one of `all` that has so many columns.
-    pub(super) fn with(columns: u32, all: &[Self]) -> Option<Self> {
-        all.iter().copied().find(|one| one.columns == columns)
+    /// The one of `all` that has `chosen` columns, or else [`of`](Self::of).
+    pub(super) fn chosen(chosen: Option<u32>, columns: u32, all: &[Self]) -> Self {
+        let one = all.iter().find(|one| Some(one.columns) == chosen);
+        one.copied().unwrap_or_else(|| Self::of(columns, all))
     }
 
     /// Of `all` the one that computes the fewest, the first of those that are equal.
@@ -77,7 +83,7 @@ impl Columns {
         let turn_rows = if self.columns < 64 { 16 } else { 8 };
         let turns = WARPS * turn_rows * (self.columns + 8) * 4;
         let pivots = WARPS * self.columns * 4;
-        STAGES * rows * row + turns + pivots + 2 * 4 * self.bounds.halo + 2 * CHUNK_BYTES * halo
+        self.stages * rows * row + turns + pivots + 2 * 4 * self.bounds.halo + 2 * CHUNK_BYTES * halo
     }
 
     /// The same of fprop.
@@ -235,7 +241,7 @@ mod tests {
 
     #[test]
     fn columns_fit_layers() {
-        let forward = |columns| Columns::forward(columns).columns;
+        let forward = |columns| Columns::of(columns, Columns::FORWARD).columns;
         assert_eq!([16, 24, 64, 80, 192, 256].map(forward), [32, 32, 64, 32, 64, 64]);
         let backward = |columns| Columns::of(columns, Columns::BACKWARD).columns;
         assert_eq!([8, 24, 48, 64, 80, 96, 128, 200].map(backward), [32, 32, 48, 64, 48, 48, 64, 32]);
@@ -266,7 +272,9 @@ mod tests {
     fn the_largest_halo_has_room() {
         let tiles = ConvTiles::new(1, 14, 22, Bounds { pixels: 14 * 22, halo: 384 });
         assert_eq!(tiles.halo(), BOUNDS.halo);
-        for columns in [Columns::C32, Columns::C48, Columns::C64] {
+        for columns in
+            [Columns::FORWARD, Columns::BACKWARD, Columns::FORWARD_WGMMA, Columns::BACKWARD_WGMMA].concat()
+        {
             let most = columns.shared_forward(tiles.halo()).max(columns.shared_backward(tiles.halo()));
             assert!(most <= 99 * 1024, "{columns:?}: {most}");
         }

@@ -34,9 +34,21 @@ impl Tile {
     pub(super) const WEIGHTS: Self =
         Self { name: "", rows: 64, columns: 128, warp_rows: 2, threads: THREADS };
 
+    /// `WarpgroupTile`: 128 × 128 by wgmma.
+    pub(super) const WGMMA128: Self =
+        Self { name: "wgmma128", rows: 128, columns: 128, warp_rows: 8, threads: THREADS };
+    /// 128 × 64 by wgmma.
+    pub(super) const WGMMA64: Self =
+        Self { name: "wgmma64", rows: 128, columns: 64, warp_rows: 8, threads: THREADS };
+
     /// That of fprop and dgrad with so many columns.
     pub(super) fn with_columns(columns: u32) -> Option<&'static Self> {
         [&Self::NARROW, &Self::WIDE].into_iter().find(|tile| tile.columns == columns)
+    }
+
+    /// The same by wgmma.
+    pub(super) fn by_wgmma(columns: u32) -> Option<&'static Self> {
+        [&Self::WGMMA64, &Self::WGMMA128].into_iter().find(|tile| tile.columns == columns)
     }
 
     /// Bytes of `GemmMemory` where A's values are made of `sources` tensors, and B's of one.

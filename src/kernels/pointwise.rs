@@ -58,12 +58,18 @@ pub const FAMILY: Family = Family {
         entry("pointwise_fprop_narrow_bf16", FPROP),
         entry("pointwise_fprop_wide_f16", FPROP),
         entry("pointwise_fprop_wide_bf16", FPROP),
+        entry("pointwise_fprop_wgmma64_f16", FPROP),
+        entry("pointwise_fprop_wgmma64_bf16", FPROP),
+        entry("pointwise_fprop_wgmma128_f16", FPROP),
+        entry("pointwise_fprop_wgmma128_bf16", FPROP),
         entry("pointwise_dgrad_narrow_f32", DGRAD),
         entry("pointwise_dgrad_narrow_tf32", DGRAD),
         entry("pointwise_dgrad_narrow_f16", DGRAD),
         entry("pointwise_dgrad_narrow_bf16", DGRAD),
         entry("pointwise_dgrad_wide_f16", DGRAD),
         entry("pointwise_dgrad_wide_bf16", DGRAD),
+        entry("pointwise_dgrad_wgmma64_f16", DGRAD),
+        entry("pointwise_dgrad_wgmma64_bf16", DGRAD),
         entry("pointwise_dgrad_gated_f32", GATED),
         entry("pointwise_dgrad_gated_tf32", GATED),
         entry("pointwise_dgrad_gated_f16", GATED),
@@ -78,6 +84,8 @@ pub const FAMILY: Family = Family {
         entry("pointwise_backward_narrow_bf16", BACKWARD),
         entry("pointwise_backward_wide_f16", BACKWARD),
         entry("pointwise_backward_wide_bf16", BACKWARD),
+        entry("pointwise_backward_wgmma64_f16", BACKWARD),
+        entry("pointwise_backward_wgmma64_bf16", BACKWARD),
         entry("pointwise_backward_gated_f32", BACKWARD),
         entry("pointwise_backward_gated_tf32", BACKWARD),
         entry("pointwise_backward_gated_f16", BACKWARD),
@@ -191,7 +199,8 @@ impl PointwiseWork {
 
     /// What a tuning can choose from: columns of a tile, how many blocks there are (of a backward by blocks of each gradient,
     /// for that of the weights), and how a backward reads its operands. One pass is taken where it is possible, and
-    /// windows are where there are several.
+    /// windows are where there are several. In f16 and bf16 fprop and the gradient of the input, but for one through a gate,
+    /// may be multiplied by wgmma, in two passes, on a device that has it.
     pub fn choices(&self, launch: Launch) -> Vec<Choice> {
         let columns = |channels: usize| match self.dtype {
             Dtype::F16 | Dtype::Bf16 if channels > Tile::NARROW.columns as usize => vec![64, 128],
@@ -203,9 +212,19 @@ impl PointwiseWork {
             columns(channels).into_iter().flat_map(cut).collect::<Vec<_>>()
         };
         match launch {
-            Launch::Fprop => each(None, self.outputs, &[264, 528, 1056, 4096]),
+            Launch::Fprop => {
+                let mut all = each(None, self.outputs, &[264, 528, 1056, 4096]);
+                if self.dtype.bytes() == 2 {
+                    all.extend(each(Some(Way::Wgmma), self.outputs, &[528, 4096]));
+                }
+                all
+            }
             Launch::Backward => {
                 let mut all = each(Some(Way::TwoPasses), self.x.c, &[264, 528, 1056]);
+                if self.dtype.bytes() == 2 {
+                    let narrow = Choice::by(Way::Wgmma).columns(Tile::WGMMA64.columns);
+                    all.extend([264, 528].map(|blocks| narrow.blocks(blocks)));
+                }
                 all.extend(each(Some(Way::Interleaved), self.x.c, &[264, 528, 1056]).into_iter().filter(
                     |choice| {
                         let work = Self { choices: Choices::only(Launch::Backward, *choice), ..*self };
@@ -223,7 +242,11 @@ impl PointwiseWork {
 
     /// The tile for `columns` channels.
     fn tile(&self, columns: usize, choice: Choice) -> &'static Tile {
-        if let Some(chosen) = choice.columns.and_then(Tile::with_columns) {
+        let chosen = match choice.way {
+            Some(Way::Wgmma) => choice.columns.and_then(Tile::by_wgmma),
+            _ => choice.columns.and_then(Tile::with_columns),
+        };
+        if let Some(chosen) = chosen {
             return chosen;
         }
         let wide = Grid::new(self.rows(), columns as u32, &Tile::WIDE);
@@ -635,6 +658,7 @@ impl<T: RawElement> Pointwise<T> {
     ) -> Result<Self> {
         check_storage::<T>(OPERATION, dtype)?;
         let work = PointwiseWork::new(x, outputs, dtype)?.with(choices)?;
+        choices.check_device(OPERATION, device)?;
         Ok(Self {
             device: device.clone(),
             work,

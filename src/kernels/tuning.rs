@@ -51,6 +51,9 @@ pub enum Way {
     Product,
     /// Tiles of neighbouring pixels, their halo fetched once for all taps.
     Spatial,
+    /// Products of warpgroups, Hopper's wgmma; of a dense 3×3 convolution on the tiles of [`Spatial`](Self::Spatial), of a
+    /// pointwise one's gradients in [`TwoPasses`](Self::TwoPasses).
+    Wgmma,
     /// Both gradients from one reading of their operands.
     OnePass,
     /// One gradient after the other.
@@ -59,9 +62,10 @@ pub enum Way {
     Interleaved,
 }
 
-const WAYS: [(Way, &str); 5] = [
+const WAYS: [(Way, &str); 6] = [
     (Way::Product, "product"),
     (Way::Spatial, "spatial"),
+    (Way::Wgmma, "wgmma"),
     (Way::OnePass, "one-pass"),
     (Way::TwoPasses, "two-passes"),
     (Way::Interleaved, "interleaved"),
@@ -189,6 +193,15 @@ impl Choices {
         let launches = [Launch::Fprop, Launch::Dgrad, Launch::Wgrad, Launch::Backward];
         let choices = [fprop, dgrad, wgrad, backward];
         std::array::from_fn(|i| (launches[i], choices[i]))
+    }
+
+    /// Refuses what the device does not have.
+    pub(super) fn check_device(&self, operation: &'static str, device: &Device) -> Result<()> {
+        if device.has_wgmma() || self.each().iter().all(|(_, choice)| choice.way != Some(Way::Wgmma)) {
+            return Ok(());
+        }
+        let problem = format!("a tuning chooses wgmma, which {} does not have", device.gpu().name);
+        Err(Error::Shape { operation, problem })
     }
 
     /// Refuses what is none of the `possible` choices of its launch.

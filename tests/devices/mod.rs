@@ -18,13 +18,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-/// The device to test on; none, with a line that says why, where there is none.
+/// The device to test on; none, with a line that says why, where there is none. Launches on the host device overlap, so
+/// that every test of a kernel proves that it waits for its predecessors.
 pub(crate) fn device() -> Option<Device> {
     if on_gpu() {
         return gpu();
     }
-    let library = host_library()?;
-    Some(Device::host(library).unwrap())
+    let device = Device::host(host_library()?).unwrap();
+    device.set_overlapping(true).unwrap();
+    Some(device)
 }
 
 /// The device, with no other test of this program on it: while one records a graph, a driver refuses much to all, and the

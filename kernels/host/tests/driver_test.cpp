@@ -363,11 +363,13 @@ TEST(dependents_must_wait) {
     const auto launch = [&](const char* kernel, CUlaunchAttribute attribute) {
         return Kernel(kernel).launch_with(attribute, stream.handle, 2, 64, 0, x.pointer, y.pointer, 64);
     };
+    const uint64_t before = effnetv2_host_dependent_count();
     for (const char* right : {"right_never_waits", "right_waits_late"}) {
         OK(cuMemsetD8Async(y.pointer, 0, 256, stream.handle));
         OK(launch(right, programmatic()));
         CHECK(y.read() == x.read());
     }
+    CHECK_EQUAL(effnetv2_host_dependent_count() - before, uint64_t(2));
     const std::string thread = "block (1,0,0), thread (";
     FAILS(launch("broken_never_waits", programmatic()), launch_failed, "kernel `broken_never_waits`, " + thread,
           "launched as a programmatic dependent, it never waited for its predecessors");
@@ -378,6 +380,7 @@ TEST(dependents_must_wait) {
     // Launched as usual, nobody has to wait.
     for (const char* broken : {"broken_never_waits", "broken_waits_late", "right_near_write"})
         OK(launch(broken, programmatic(0)));
+    CHECK_EQUAL(effnetv2_host_dependent_count() - before, uint64_t(5));
 }
 
 TEST(dependents_in_graphs) {

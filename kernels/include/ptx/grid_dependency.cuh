@@ -5,8 +5,8 @@
 
 #include "../platform.cuh"
 
-/// Waits until the grids that this one depends on have completed, and all that they wrote can be seen. It is the calling
-/// thread that waits: each that reads or writes what they may use calls it.
+/// Waits until the grids that this one depends on have completed, and all that they wrote can be seen. It is the
+/// calling thread that waits: each that reads or writes what they may use calls it.
 __device__ __forceinline__ void grid_dependency_wait() {
 #ifdef __CUDACC__
 #if __CUDA_ARCH__ >= 900
@@ -17,8 +17,8 @@ __device__ __forceinline__ void grid_dependency_wait() {
 #endif
 }
 
-/// Lets the grids that depend on this one begin as soon as every block has come here or has ended. Once for a block; more
-/// often changes nothing.
+/// Lets the grids that depend on this one begin as soon as every block has come here or has ended. Once for a block;
+/// more often changes nothing.
 __device__ __forceinline__ void grid_dependency_launch() {
 #if defined(__CUDACC__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

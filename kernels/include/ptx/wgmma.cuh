@@ -30,6 +30,13 @@
 #include "../types.cuh"
 #include "memory.cuh"
 
+/// Whether this is compiled for a device that has it.
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool has_wgmma = true;
+#else
+constexpr bool has_wgmma = false;
+#endif
+
 /// Where B lies in shared memory, as above. `shared` is in memory that dynamic_shared has aligned to 8 * swizzle_bytes.
 template <unsigned swizzle_bytes>
 __device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared, unsigned leading_bytes,

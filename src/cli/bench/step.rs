@@ -74,6 +74,7 @@ impl Job for Args {
                 if pass == Pass::Training {
                     result.mode = bench.backend.mode().into();
                 }
+                result.overlap = bench.backend.overlaps();
                 result.peak_bytes = result.peak_bytes.or_else(peak_resident);
                 results.push(result);
                 bar.inc(1);

@@ -472,8 +472,10 @@ impl PointwiseWork {
     /// gain would not pay for. Else in windows, if there are several and the operands are more than a cache holds.
     pub fn passes(&self, input: InputKind, output: GradientKind) -> Passes {
         let one = self.one_pass(input, output);
-        match self.choices.backward.way {
-            None => {}
+        let way = self.choices.backward.way;
+        match way {
+            // That is how dx is multiplied, not in which order.
+            None | Some(Way::Wgmma) => {}
             Some(Way::OnePass) if one.is_some() => return Passes::One,
             Some(Way::Interleaved) if self.interleaved(output).is_some() => return Passes::Interleaved,
             Some(_) => return Passes::Two,
@@ -481,7 +483,7 @@ impl PointwiseWork {
         let two = self.two_passes(input, output).cost.bytes;
         let pays =
             |one: &OnePass| one.blocks() >= BUSY && self.one_pass_cost(one, output).bytes <= two - two / 8;
-        if one.is_some_and(|one| pays(&one)) {
+        if way.is_none() && one.is_some_and(|one| pays(&one)) {
             Passes::One
         } else if self.operands() > CACHE && self.interleaved(output).is_some() {
             Passes::Interleaved

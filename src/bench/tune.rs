@@ -15,7 +15,7 @@ use crate::device::{Device, Graph};
 use crate::kernels::conv3x3::{Conv3x3, Conv3x3Shape};
 use crate::kernels::depthwise::{BackwardKind, Depthwise, DepthwiseShape};
 use crate::kernels::fused::{Convolution, ConvolutionPass, FusedElement};
-use crate::kernels::pointwise::{Pointwise, PointwiseWork};
+use crate::kernels::pointwise::{Passes, Pointwise, PointwiseWork};
 use crate::kernels::tuning::{self, Choice, Choices, Launch, Tuning, key};
 use crate::kernels::{
     Arrival, Debt, GradientKind, GradientOutput, GradientView, Input, InputKind, Output, OutputKind,
@@ -149,6 +149,15 @@ impl<T: FusedElement> Plan<T> {
             Self::Dense(plan) => plan.workspace_floats(),
             Self::Depthwise(plan) => plan.workspace_floats(),
             Self::Pointwise(plan) => plan.workspace_floats(),
+        }
+    }
+
+    /// How a backward reads its operands, where one kernel may do so in several orders.
+    fn passes(&self, candidate: &Candidate) -> Option<Passes> {
+        let Convolution { input, pass, .. } = candidate.convolution;
+        match (self, candidate.launch) {
+            (Self::Pointwise(plan), Launch::Backward) => Some(plan.work().passes(input, kinds(pass).1)),
+            _ => None,
         }
     }
 
@@ -420,14 +429,14 @@ pub fn measure<T: FusedElement>(
     for choice in possible(candidate, dtype)?.into_iter().filter(can_run) {
         plans.push((choice, Plan::new(device, &convolution, dtype, Choices::only(launch, choice))));
     }
-    // Choices that come to the same launch are one way; layouts of other ranks and another order of the same blocks are
-    // others, whatever they take.
+    // Choices that come to the same launch are one way; layouts of other ranks and other orders of the same blocks are others,
+    // whatever they take.
     let mut seen = Vec::new();
     plans.retain(|(choice, plan)| match plan {
         Err(_) => true,
         Ok(plan) => {
             let Work { kernel, grid, shared, .. } = plan.work(candidate);
-            let way = (kernel, grid, shared, choice.rank, choice.way == Some(tuning::Way::Interleaved));
+            let way = (kernel, grid, shared, choice.rank, plan.passes(candidate));
             let new = !seen.contains(&way);
             if new {
                 seen.push(way);

@@ -11,10 +11,10 @@
 //! same on every GPU, unless a [tuning](super::tuning) chooses otherwise.
 //!
 //! Both gradients come of one launch. It reads what they are made of once ([`Passes::One`], `pointwise_one_pass`) where
-//! channels are few enough and that moves clearly fewer bytes, partial results and what column groups read again included;
-//! otherwise the blocks of one gradient are followed by those of the other ([`Passes::Two`]). A tuning may choose to
-//! have them follow each other in each of several windows of the pixels ([`Passes::Interleaved`]): the same bytes
-//! are asked for, but the second time closely after the first, when a cache may still have them.
+//! channels are few enough and that moves clearly fewer bytes, partial results and what column groups read again included.
+//! Otherwise each has blocks of its own: those of one gradient before those of the other ([`Passes::Two`]) or, where
+//! the operands are more than a cache holds, so in each of several windows of the pixels ([`Passes::Interleaved`]).
+//! These are as many bytes asked for, but the second time soon after the first, when a cache may still have them.
 
 use super::gemm::{
     BLOCKS, ForwardArgument, GradientArgument, Grid, InputArgument, RUNS, THREADS, TargetArgument, Tile,
@@ -105,6 +105,8 @@ const BIAS_COLUMNS: u32 = 32;
 /// Blocks of the weights' gradient that go through a window together: half of two on each of 132 multiprocessors, since both
 /// gradients are as many products.
 const TOGETHER: u32 = 132;
+/// Bytes that the second level of an H100 or H200 holds.
+const CACHE: u64 = 50 << 20;
 /// Windows at least, of as many splits.
 const LEAST_WINDOWS: u32 = 3;
 /// Steps along the sum that a run of the input's gradient has at least, so that its pipeline is worth filling, where blocks
@@ -302,6 +304,11 @@ impl PointwiseWork {
         2 * self.x.pixels() as u64 * (self.x.c * self.outputs) as u64
     }
 
+    /// Bytes that both gradients read.
+    fn operands(&self) -> u64 {
+        2 * self.tensor(self.outputs) + self.tensor(self.x.c)
+    }
+
     /// Bytes beside x of what it owes, and operations to pay it.
     fn owed(&self, input: InputKind) -> (u64, u64) {
         let (c, elements) = (self.x.c as u64, self.x.elements() as u64);
@@ -462,11 +469,13 @@ impl PointwiseWork {
 
     /// How [`Pointwise::backward`] reads its operands: once if that moves fewer bytes by an eighth at least, and gives a GPU
     /// enough blocks. One that keeps weights and their gradient leaves little of a multiprocessor to others, which a smaller
-    /// gain would not pay for.
+    /// gain would not pay for. Else in windows, if there are several and the operands are more than a cache holds.
     pub fn passes(&self, input: InputKind, output: GradientKind) -> Passes {
         let one = self.one_pass(input, output);
-        match self.choices.backward.way {
-            None => {}
+        let way = self.choices.backward.way;
+        match way {
+            // That is how dx is multiplied, not in which order.
+            None | Some(Way::Wgmma) => {}
             Some(Way::OnePass) if one.is_some() => return Passes::One,
             Some(Way::Interleaved) if self.interleaved(output).is_some() => return Passes::Interleaved,
             Some(_) => return Passes::Two,
@@ -474,7 +483,13 @@ impl PointwiseWork {
         let two = self.two_passes(input, output).cost.bytes;
         let pays =
             |one: &OnePass| one.blocks() >= BUSY && self.one_pass_cost(one, output).bytes <= two - two / 8;
-        if one.is_some_and(|one| pays(&one)) { Passes::One } else { Passes::Two }
+        if way.is_none() && one.is_some_and(|one| pays(&one)) {
+            Passes::One
+        } else if self.operands() > CACHE && self.interleaved(output).is_some() {
+            Passes::Interleaved
+        } else {
+            Passes::Two
+        }
     }
 
     /// The launch of [`Pointwise::backward`].

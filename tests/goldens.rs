@@ -1,6 +1,5 @@
 //! The reference against PyTorch: whole networks with closed-form weights, forward, backward and running statistics.
 
-#[path = "common/golden.rs"]
 #[allow(dead_code, unreachable_pub, reason = "it is shared by test programs")]
 mod golden;
 

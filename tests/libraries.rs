@@ -54,7 +54,7 @@ fn report(here: &Path) -> Report<LibraryResult> {
 #[test]
 fn every_pass_agrees_with_ours_and_is_timed() {
     let Some(fakes) = fakes() else { return };
-    for dtype in ["f32", "bf16"] {
+    for dtype in ["f32", "tf32", "bf16"] {
         let folder = tempfile::tempdir().unwrap();
         let Some(Outcome { code, out, err }) = bench(folder.path(), fakes, "", &["--dtype", dtype]) else {
             return;

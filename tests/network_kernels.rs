@@ -2,7 +2,6 @@
 
 #![cfg(feature = "cuda")]
 
-#[path = "common/golden.rs"]
 #[allow(unreachable_pub, reason = "it is shared by test programs")]
 mod golden;
 

@@ -18,6 +18,7 @@ use crate::kernels::conv3x3::Conv3x3;
 use crate::kernels::depthwise::Depthwise;
 use crate::kernels::fused::FusedElement;
 use crate::kernels::pointwise::Pointwise;
+use crate::kernels::tuning::Choices;
 use crate::kernels::{Arrival, GradientOutput, GradientView, Input, Output, Workspace};
 use crate::nn::{BlockKind, NetworkSpec};
 use crate::peers::{Direction, Libraries, Operation, Tensors};
@@ -174,12 +175,14 @@ enum Plan<T> {
 }
 
 impl<T: FusedElement> Plan<T> {
-    fn new(device: &Device, layer: &Layer) -> Result<Self> {
-        let Layer { conv, x, .. } = layer;
+    fn new(device: &Device, layer: &Layer, dtype: Dtype) -> Result<Self> {
+        let (Layer { conv, x, .. }, rule) = (layer, Choices::default());
         Ok(match conv.kind {
-            ConvKind::Dense => Self::Dense(Conv3x3::plan(device, conv, *x)?),
+            ConvKind::Dense => Self::Dense(Conv3x3::plan_with(device, conv, *x, dtype, rule)?),
             ConvKind::Depthwise => Self::Depthwise(Depthwise::plan(device, conv, *x)?),
-            ConvKind::Pointwise => Self::Pointwise(Pointwise::plan(device, *x, conv.outputs)?),
+            ConvKind::Pointwise => {
+                Self::Pointwise(Pointwise::plan_with(device, *x, conv.outputs, dtype, rule)?)
+            }
         })
     }
 
@@ -245,7 +248,7 @@ struct Set<T> {
 }
 
 impl<T: FusedElement> Set<T> {
-    fn new(device: &Device, layer: &Layer, seed: u32, floats: usize) -> Result<Self> {
+    fn new(device: &Device, layer: &Layer, dtype: Dtype, seed: u32, floats: usize) -> Result<Self> {
         let (x, y) = (layer.x, layer.conv.output(layer.x)?);
         let weights = layer.conv.weights();
         let weight: Vec<T> = noise::<f32>(weights, 5).into_iter().map(T::narrow).collect();
@@ -258,6 +261,7 @@ impl<T: FusedElement> Set<T> {
         let [x, y] = [x, y].map(|shape| shape.elements());
         Ok(Self {
             tensors: Tensors {
+                dtype,
                 x: random(device, x, 16 + 4 * seed)?,
                 weight: device.upload(&theirs)?,
                 y: device.zeros(y)?,
@@ -284,19 +288,21 @@ fn transposed<V: Copy>(values: &[V], channels: usize) -> Vec<V> {
 struct Bout<T> {
     device: Device,
     layer: Layer,
+    dtype: Dtype,
     plan: Plan<T>,
     sets: RefCell<Vec<Set<T>>>,
 }
 
 impl<T: FusedElement> Bout<T> {
-    fn new(device: &Device, layer: &Layer, cache: usize) -> Result<Self> {
-        let plan = Plan::new(device, layer)?;
+    fn new(device: &Device, layer: &Layer, dtype: Dtype, cache: usize) -> Result<Self> {
+        let plan = Plan::new(device, layer, dtype)?;
         let y = layer.conv.output(layer.x)?;
         let bytes = T::DTYPE.bytes() * (layer.x.elements() + y.elements());
         let count = (3 * cache).div_ceil(bytes).clamp(1, 8);
         let floats = plan.workspace_floats();
-        let sets = (0..count).map(|i| Set::new(device, layer, i as u32, floats)).collect::<Result<_>>()?;
-        Ok(Self { device: device.clone(), layer: *layer, plan, sets: RefCell::new(sets) })
+        let set = |i: usize| Set::new(device, layer, dtype, i as u32, floats);
+        let sets = (0..count).map(set).collect::<Result<_>>()?;
+        Ok(Self { device: device.clone(), layer: *layer, dtype, plan, sets: RefCell::new(sets) })
     }
 
     fn library(&self, libraries: &Libraries, direction: Direction) -> Result<Operation> {
@@ -346,7 +352,7 @@ impl<T: FusedElement> Bout<T> {
                 Direction::Forward | Direction::Data => self.layer.conv.weights() / self.layer.x.c.min(y.c),
                 Direction::Weights => y.pixels(),
             };
-            let bound = bound(T::DTYPE, terms);
+            let bound = bound(self.dtype, terms);
             let mut least = f64::INFINITY;
             for algorithm in 0..operation.algorithms().len() {
                 let theirs = self.values(pass, direction, Some((operation, algorithm)))?;
@@ -451,13 +457,16 @@ pub struct Settings {
     pub size: usize,
     /// Its layers.
     pub layers: Vec<Layer>,
+    /// What products are computed in.
+    pub dtype: Dtype,
     /// How long to take for a figure.
     pub effort: Effort,
     /// How long to take in all: no layer is begun afterwards.
     pub limit: Duration,
 }
 
-/// Measures all layers on `device` for which there is a library; `done` is called after each. What fails in one pass is told in its result.
+/// Measures all layers on `device` for which there is a library; `done` is called after each. What fails in one pass is told in
+/// its result. `T` is the type of tensors in `settings.dtype`.
 ///
 /// # Errors
 /// [`Error::Driver`] from then on where the device has failed: no other figure would be right.
@@ -473,7 +482,7 @@ pub fn run<T: FusedElement>(
         if start.elapsed() > settings.limit {
             break;
         }
-        let bout = Rc::new(Bout::<T>::new(device, layer, cache)?);
+        let bout = Rc::new(Bout::<T>::new(device, layer, settings.dtype, cache)?);
         for &pass in Pass::of(layer.conv.kind) {
             let mut result = LibraryResult {
                 kind: "library".into(),
@@ -483,7 +492,7 @@ pub fn run<T: FusedElement>(
                 input: [layer.x.n, layer.x.h, layer.x.w, layer.x.c],
                 calls: layer.calls,
                 pass,
-                dtype: T::DTYPE,
+                dtype: settings.dtype,
                 mode: "plain".into(),
                 time: None,
                 library: None,

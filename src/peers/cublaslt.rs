@@ -64,7 +64,7 @@ impl CublasLt {
         direction: Direction,
         tensors: &mut Tensors<T>,
     ) -> Result<Product> {
-        let kind = match T::DTYPE {
+        let kind = match tensors.dtype {
             Dtype::F32 | Dtype::Tf32 => sys::cudaDataType_t::CUDA_R_32F,
             Dtype::F16 => sys::cudaDataType_t::CUDA_R_16F,
             Dtype::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
@@ -84,7 +84,7 @@ impl CublasLt {
             library: Rc::clone(self),
             lengths: [x.elements(), x.c * outputs, x.pixels() * outputs],
             direction,
-            description: Description::new(transposed)?,
+            description: Description::new(tensors.dtype, transposed)?,
             layouts: [a, b, to],
             algorithms: Vec::new(),
             names: Vec::new(),
@@ -125,9 +125,12 @@ impl Drop for Layout {
 struct Description(sys::cublasLtMatmulDesc_t);
 
 impl Description {
-    fn new(transposed: [bool; 2]) -> Result<Self> {
-        let (compute, scale) =
-            (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F);
+    fn new(dtype: Dtype, transposed: [bool; 2]) -> Result<Self> {
+        let compute = match dtype {
+            Dtype::Tf32 => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
+            Dtype::F32 | Dtype::F16 | Dtype::Bf16 => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+        };
+        let scale = sys::cudaDataType_t::CUDA_R_32F;
         let description =
             Self(result::create_matmul_desc(compute, scale).map_err(failed("describe a product"))?);
         let names = [

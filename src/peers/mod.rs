@@ -17,7 +17,7 @@ pub use cudnn::Cudnn;
 use crate::device::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut};
 use crate::device::{Device, Element};
 use crate::kernels::RawElement;
-use crate::tensor::{Conv, ConvKind, Shape};
+use crate::tensor::{Conv, ConvKind, Dtype, Shape};
 use crate::{Error, Result};
 use std::ffi::c_void;
 use std::rc::Rc;
@@ -37,6 +37,8 @@ pub enum Direction {
 /// The tensors of a convolution, in all directions.
 #[derive(Debug)]
 pub struct Tensors<T> {
+    /// What products are computed in: [`Dtype::Tf32`], or the type of `T`.
+    pub dtype: Dtype,
     /// The input, \[n, h, w, c\].
     pub x: CudaSlice<T>,
     /// The weights as libraries have them: \[out, kh, kw, in\], of depthwise ones \[c, kh, kw\].

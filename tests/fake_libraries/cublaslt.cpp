@@ -12,6 +12,7 @@ struct Layout {
     uint64_t rows, columns;
     int64_t pitch;
 };
+enum Compute { COMPUTE_F32 = 68, COMPUTE_FAST_TF32 = 77 };
 struct Description {
     int compute, scale, transposed[2] = {0, 0};
 };
@@ -51,8 +52,7 @@ int cublasLtMatrixLayoutDestroy(Layout* layout) {
 }
 int cublasLtMatmulDescCreate(Description** description, int compute, int scale) {
     *description = new Description{compute, scale};
-    // CUBLAS_COMPUTE_32F with scalars in f32.
-    return compute == 68 && scale == F32 ? SUCCESS : UNSUPPORTED;
+    return (compute == COMPUTE_F32 || compute == COMPUTE_FAST_TF32) && scale == F32 ? SUCCESS : UNSUPPORTED;
 }
 int cublasLtMatmulDescSetAttribute(Description* description, int name, const void* value, size_t size) {
     if ((name != 3 && name != 4) || size != sizeof(int)) return INVALID;
@@ -93,13 +93,19 @@ int cublasLtMatmul(void*, Description* description, const float* alpha, const vo
     if (depth != (tb ? b_layout->columns : b_layout->rows) || height != d_layout->rows || width != d_layout->columns ||
         c_layout != d_layout || !workspace || !stream)
         return INVALID;
+    const bool in_tf32 = description->compute == COMPUTE_FAST_TF32;
+    if (in_tf32 && (a_layout->type != F32 || b_layout->type != F32)) return UNSUPPORTED;
+    const auto factor = [&](const void* data, uint64_t at, int type) {
+        const float value = load(data, at, type);
+        return in_tf32 ? to_tf32(value) : value;
+    };
     for (uint64_t j = 0; j < width; ++j)
         for (uint64_t i = 0; i < height; ++i) {
             float sum = 0;
             for (uint64_t k = 0; k < depth; ++k) {
                 const uint64_t at = ta ? k + i * a_layout->pitch : i + k * a_layout->pitch;
                 const uint64_t bt = tb ? j + k * b_layout->pitch : k + j * b_layout->pitch;
-                sum += load(a, at, a_layout->type) * load(b, bt, b_layout->type);
+                sum += factor(a, at, a_layout->type) * factor(b, bt, b_layout->type);
             }
             const uint64_t to = i + j * d_layout->pitch;
             float value = *alpha * sum;

@@ -24,3 +24,12 @@ inline void store(void* data, size_t index, int type, float value) {
     bits += 0x7fff + (bits >> 16 & 1);  // to nearest, ties to even
     static_cast<uint16_t*>(data)[index] = static_cast<uint16_t>(bits >> 16);
 }
+
+// The 10 bits of a fraction that tf32 has, to nearest.
+inline float to_tf32(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    bits = (bits + 0x1000) & 0xffffe000u;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}

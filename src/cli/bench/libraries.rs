@@ -1,6 +1,7 @@
 //! `bench libraries`: our kernels beside cuBLASLt's and cuDNN's.
 
 use super::{Common, Site, milliseconds, spread, table};
+use crate::Result;
 use crate::bench::libraries::{LibraryResult, Settings, layers, run as measure};
 use crate::bench::machine::Machine;
 use crate::cli::output::say;
@@ -11,7 +12,6 @@ use crate::report::bars::{Bars, Group};
 use crate::report::table::Column;
 use crate::tensor::Dtype;
 use crate::train::progressive::check_side;
-use crate::{Error, Result};
 use half::{bf16, f16};
 use std::cell::Cell;
 use std::time::Duration;
@@ -62,18 +62,14 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let bar = bar(layers.len(), "convolutions");
     let limit = args.limit.map_or(Duration::MAX, |seconds| Duration::from_secs(seconds.into()));
     let count = layers.len();
-    let settings = Settings { model: name.clone(), size, layers, effort, limit };
+    let settings = Settings { model: name.clone(), size, layers, dtype, effort, limit };
     let measured = Cell::new(0);
     let done = || {
         measured.set(measured.get() + 1);
         bar.inc(1);
     };
     let results = match dtype {
-        Dtype::Tf32 => {
-            let problem = "the libraries are compared in f32, f16 and bf16";
-            return Err(Error::usage("dtype", dtype, problem));
-        }
-        Dtype::F32 => measure::<f32>(&device, &libraries, &settings, done),
+        Dtype::F32 | Dtype::Tf32 => measure::<f32>(&device, &libraries, &settings, done),
         Dtype::F16 => measure::<f16>(&device, &libraries, &settings, done),
         Dtype::Bf16 => measure::<bf16>(&device, &libraries, &settings, done),
     }?;

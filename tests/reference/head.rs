@@ -1,9 +1,7 @@
 //! The head of the reference: pooling, dropout, classifier and softmax cross entropy with soft targets.
 
-mod common;
-
-use common::differences::{Loss, assert_gradient};
-use common::{
+use crate::common::differences::{Loss, assert_gradient};
+use crate::common::{
     CASES, Table, assert_same_on_any_number_of_threads, assert_shape_error, cast, f64s, images, pointwise,
     tensor, uniform,
 };

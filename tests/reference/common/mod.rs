@@ -1,5 +1,5 @@
 //! What the proofs of the reference share: values, layers without a network, threads, expected errors.
-#![allow(dead_code, unreachable_pub, reason = "each test program uses a part, and is its own crate")]
+#![allow(unreachable_pub, reason = "what the other files of this program use")]
 
 pub mod chain;
 pub mod convolution;

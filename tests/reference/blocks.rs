@@ -1,11 +1,11 @@
 //! Whole blocks and networks on the reference: every gradient against finite differences with batch statistics,
 //! stochastic depth, and a training step that no number of threads can change.
 
-mod common;
-
-use common::convolution::Lone;
-use common::whole::{Whole, spec};
-use common::{CASES, assert_same_on_any_number_of_threads, assert_shape_error, pointwise, tensor, uniform};
+use crate::common::convolution::Lone;
+use crate::common::whole::{Whole, spec};
+use crate::common::{
+    CASES, assert_same_on_any_number_of_threads, assert_shape_error, pointwise, tensor, uniform,
+};
 use effnetv2::backend::{Activation, Backend, DropPath, Mode, StepKey, VarianceEstimator};
 use effnetv2::model::Architecture;
 use effnetv2::nn::{BlockKind, BlockSpec};

@@ -1,11 +1,9 @@
 //! Squeeze-excitation of the reference: the gate by its formula, and its gradients, through the product and through the
 //! pool, those of finite differences.
 
-mod common;
-
-use common::chain::{Chain, ChainSpec, Source};
-use common::convolution::Lone;
-use common::{CASES, Table, assert_shape_error, cast, f64s, images, pointwise, tensor, uniform};
+use crate::common::chain::{Chain, ChainSpec, Source};
+use crate::common::convolution::Lone;
+use crate::common::{CASES, Table, assert_shape_error, cast, f64s, images, pointwise, tensor, uniform};
 use effnetv2::backend::{Activation, Backend, Gradient, Load, Mode, SqueezeExcite, Variables};
 use effnetv2::reference::Reference;
 use effnetv2::tensor::{Real, Shape, Tensor};
@@ -124,7 +122,7 @@ fn misfits_are_errors() {
         let refused = backend.conv_norm(layer, Load::Gated(&raw, gate), vars, Mode::Train);
         assert_shape_error(refused, &["2×5", found]);
         let y = backend.conv_norm(layer, Load::Silu(&raw), vars, Mode::Train).unwrap();
-        let owed = common::nothing_owed(shape.c);
+        let owed = crate::common::nothing_owed(shape.c);
         let grad = Gradient { gradient: &x, raw: &y, owed: &owed };
         let (producer, squeeze) = ((&gated.producer.layer, &raw), (&gated.squeeze, gate));
         let refused = backend.conv_backward_gated(layer, producer, squeeze, grad, vars);

@@ -1,11 +1,9 @@
 //! The 1×1 convolution of the reference: exact on integers, its directions adjoint, its gradients those of finite
 //! differences in every use the blocks make of it.
 
-mod common;
-
-use common::chain::{Chain, ChainSpec, Source, chains};
-use common::convolution::{assert_adjoint, assert_all_exact, assert_errors};
-use common::{CASES, conv, images, pointwise};
+use crate::common::chain::{Chain, ChainSpec, Source, chains};
+use crate::common::convolution::{assert_adjoint, assert_all_exact, assert_errors};
+use crate::common::{CASES, conv, images, pointwise};
 use effnetv2::backend::Activation;
 use effnetv2::tensor::ConvKind;
 use proptest::prelude::*;

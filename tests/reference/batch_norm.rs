@@ -1,11 +1,9 @@
 //! Batch normalisation of the reference: its moments survive large means and counts, its running statistics follow the
 //! chosen estimator, and evaluation leaves them alone. Its gradients are differenced in every test of a convolution.
 
-mod common;
-
-use common::chain::{Chain, ChainSpec, Source};
-use common::convolution::Lone;
-use common::{assert_shape_error, f64s, pointwise, tensor, uniform};
+use crate::common::chain::{Chain, ChainSpec, Source};
+use crate::common::convolution::Lone;
+use crate::common::{assert_shape_error, f64s, pointwise, tensor, uniform};
 use effnetv2::backend::{Activation, Backend, Gradient, Load, Mode, VarianceEstimator};
 use effnetv2::tensor::{Real, Shape, Tensor};
 use proptest::prelude::*;
@@ -205,7 +203,7 @@ fn threads_do_not_change_a_bit() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(common::CASES))]
+    #![proptest_config(ProptestConfig::with_cases(crate::common::CASES))]
 
     /// Without ε a batch norm ignores shift and scale of its input, so the gradient of its input is orthogonal to both.
     #[test]

@@ -302,17 +302,14 @@ fn resize(
     };
     let [left, top, width, height] = [crop.left, crop.top, crop.width, crop.height].map(|side| side as f64);
     let options = fr::ResizeOptions::new().resize_alg(algorithm).crop(left, top, width, height);
-    let source = fr::images::ImageRef::new(
-        image.width as u32,
-        image.height as u32,
-        &image.pixels,
-        fr::PixelType::U8x3,
-    );
-    let target = fr::images::Image::from_slice_u8(size as u32, size as u32, out, fr::PixelType::U8x3);
+    // Typed: `Resizer::resize` would have its kernels for every other type of pixel compiled with this crate.
+    let (width, height, side) = (image.width as u32, image.height as u32, size as u32);
+    let source = fr::images::TypedImageRef::<fr::pixels::U8x3>::from_buffer(width, height, &image.pixels);
+    let target = fr::images::TypedImage::<fr::pixels::U8x3>::from_buffer(side, side, out);
     let failed = |problem: String| Error::Shape { operation: "resize", problem };
     let source = source.map_err(|error| failed(error.to_string()))?;
     let mut target = target.map_err(|error| failed(error.to_string()))?;
-    scratch.resizer.resize(&source, &mut target, &options).map_err(|error| failed(error.to_string()))
+    scratch.resizer.resize_typed(&source, &mut target, &options).map_err(|error| failed(error.to_string()))
 }
 
 fn flip_horizontally(pixels: &mut [u8], width: usize) {

@@ -6,12 +6,12 @@
 mod devices;
 
 use devices::{device, not_run};
-use effnetv2::device::HostKernel;
+use effnetv2::device::{Family, HostKernel};
 use effnetv2::kernels::FAMILIES;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 
 #[test]
 fn every_kernel_file_has_its_family() {
@@ -89,14 +89,18 @@ fn nvcc_sees_the_argument_types_of_the_table() {
     let Some(nvcc) = option_env!("EFFNETV2_NVCC") else {
         return not_run("the check of argument types in PTX: there was no nvcc when this was built");
     };
-    for family in FAMILIES {
-        let output = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}.ptx", family.name));
+    let ptx = |family: &Family| Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}.ptx", family.name));
+    let compile = |family: &&Family| {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("kernels/{}.cu", family.name));
         let mut command = Command::new(nvcc);
-        command.args(["-ptx", "-std=c++17", "-arch=compute_80", "-o"]).arg(&output).arg(source);
-        let result = command.output().unwrap();
+        command.args(["-ptx", "-std=c++17", "-arch=compute_80", "-o"]).arg(ptx(family)).arg(source);
+        command.stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let compilers: Vec<Child> = FAMILIES.iter().map(compile).collect();
+    for (family, compiler) in FAMILIES.iter().zip(compilers) {
+        let result = compiler.wait_with_output().unwrap();
         assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
-        let actual = ptx_signatures(&fs::read_to_string(&output).unwrap());
+        let actual = ptx_signatures(&fs::read_to_string(ptx(family)).unwrap());
         let expected: BTreeMap<_, _> =
             family.kernels.iter().map(|entry| (entry.name.to_owned(), as_in_ptx(entry.signature))).collect();
         assert_eq!(actual, expected);

@@ -447,15 +447,17 @@ template <bool broken> __device__ void wgmma_written_accumulators(const float*, 
 template <bool broken> __device__ void never_waits(const float* x, float* y, int) {
     if (broken && blockIdx.x == 1) return;
     after_predecessors();
-    y[threadIdx.x] = x[threadIdx.x];
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+    y[i] = x[i];
 }
 
 /// Reads what the grid ahead of its own may be about to write.
 template <bool broken> __device__ void waits_late(const float* x, float* y, int) {
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
     if (!broken) after_predecessors();
-    const float value = __ldg(x + threadIdx.x); // bug: waits_late
+    const float value = __ldg(x + i); // bug: waits_late
     if (broken) after_predecessors();
-    y[threadIdx.x] = value;
+    y[i] = value;
 }
 
 } // namespace

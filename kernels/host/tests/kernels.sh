@@ -7,8 +7,8 @@
 #
 # $PROPTEST_CASES (4) are the random cases of each property, $PROFILE (release) is cargo's profile, $TESTS the names of
 # the test files (those of the families of kernels), $FILTERS those of the tests (all; under ThreadSanitizer, which is slow,
-# all but the many shapes on which integers are exact), $EFFNETV2_HOST_SEED the schedule. The sanitizers see networks, too:
-# every kind of block, and nano in each type.
+# all but the many shapes on which integers are exact), $SKIP those left out, $EFFNETV2_HOST_SEED the schedule. The
+# sanitizers see networks, too: every kind of block, and nano in each type.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 
@@ -36,7 +36,8 @@ runtime() {
 
 run_flavour() {
     local flavour=$1 seed=$2 build=(kernels/host/build.sh --jobs "$(nproc)") runner=(env) skip=(--skip on_a_gpu) asan ubsan tsan
-    local filters=${FILTERS-} cases=$PROPTEST_CASES
+    local filters=${FILTERS-} cases=$PROPTEST_CASES name
+    for name in ${SKIP-}; do skip+=(--skip "$name"); done
     case $flavour in
         plain) ;;
         address)
@@ -69,7 +70,6 @@ run_flavour() {
     }
     tests "${names[@]}" -- $filters
     if [[ $flavour == plain || -n ${TESTS-}${FILTERS-} ]]; then return; fi
-    local name
     for name in "${networks[@]}"; do
         grep -q "$name" tests/network_kernels.rs || { echo "kernels.sh: there is no test $name" >&2; return 1; }
     done

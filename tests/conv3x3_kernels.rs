@@ -400,7 +400,7 @@ fn integers_are_exact_by_wgmma() {
 /// More row tiles than runs, so that a block has several and walks over the ends of images; and so many pixels that the
 /// weights' gradient is added up in two rounds.
 #[test]
-fn blocks_walk_over_several_tiles() {
+fn walks_over_several_tiles_are_exact() {
     let Some(device) = device() else { return };
     let conv = dense(2, Padding::Same, 8, 8);
     let images = (1, 520, 514);

@@ -1,12 +1,13 @@
 // Pointwise (1x1) convolution and the classifier: y [pixels, outputs] = x [pixels, inputs] W^T, W [outputs, inputs].
 //
 // x, W, y and gradients of x and y are of type T, f32, f16 or bf16; everything else, dW too, is f32, and so are all sums,
-// in a fixed order; kernels in tf32 are those of f32 with their products on tensor cores. Channels are multiples of 8, arrays aligned to 16 bytes. x owes what GemmInput says (SiLU of a
-// normalisation, a gate), the gradient of y what GemmGradient says (batch norm's backward, stochastic depth); both are paid
-// on load. The mainloop is gemm.cuh: 128 x 128 (wide), 128 x 64 (narrow) or, for dW, 64 x 128 tiles; f16 and bf16 on
-// tensor cores, f32 in plain arithmetic or in tf32. Each is 2 * pixels * inputs * outputs operations. In kernels of wgmma128 and
-// wgmma64 warpgroups multiply, in the tiles of wide and narrow, but for dW; they run on sm_90a alone. The gradient of x has
-// no wide ones: with 128 columns its epilogue finds too few registers, since wgmma's accumulators lie side by side.
+// in a fixed order; kernels in tf32 are those of f32 with their products on tensor cores. Channels are multiples of 8,
+// arrays aligned to 16 bytes. x owes what GemmInput says (SiLU of a normalisation, a gate), the gradient of y what
+// GemmGradient says (batch norm's backward, stochastic depth); both are paid on load. The mainloop is gemm.cuh: 128 x 128
+// (wide), 128 x 64 (narrow) or, for dW, 64 x 128 tiles; f16 and bf16 on tensor cores, f32 in plain arithmetic or in tf32.
+// Each is 2 * pixels * inputs * outputs operations. In kernels of wgmma128 and wgmma64 warpgroups multiply, in the tiles of
+// wide and narrow, but for dW; they run on sm_90a alone. The gradient of x has no wide ones: with 128 columns its epilogue
+// finds too few registers, since wgmma's accumulators lie side by side.
 //
 // pointwise_fprop: y, as ForwardOutput says: with the moments of batch norm, or folded for inference. Grid runs * groups as
 //   in GemmGrid, groups of `bn` outputs. Least bytes: x, W and y once, skip if any; partial moments 8 * runs * outputs
@@ -47,7 +48,7 @@ template <class Tile, class T>
 __device__ __forceinline__ void fprop(const GemmInput<T>& x, const T* weight, const ForwardOutput<T>& to,
                                       unsigned outputs, const GemmGrid& grid, const NormFinish& norm,
                                       float* partial, unsigned* counters) {
-    if constexpr (!can_run<Tile>) return __trap();
+    if constexpr (!exist<Tile::products>) return __trap();
     using Memory = GemmMemory<Tile, GemmInput<T>, GemmMatrix<T>>;
     const GemmMatrix<T> columns{weight, outputs, x.width};
     ForwardEpilogue<Tile> epilogue(to, x.height, outputs, dynamic_shared<float>(Memory::bytes));
@@ -59,7 +60,7 @@ template <class Tile, class T>
 __device__ __forceinline__ void dgrad(const GemmGradient<T>& dy, const T* weight, const GradientTarget<T>& to,
                                       unsigned inputs, const GemmGrid& grid, unsigned block,
                                       const OwedFinish& owed, float* partial, unsigned* counters) {
-    if constexpr (!can_run<Tile>) return __trap();
+    if constexpr (!exist<Tile::products>) return __trap();
     const GemmMatrix<T> columns{weight, dy.width, inputs};
     GradientEpilogue<Tile, 2> epilogue(to, dy.height, inputs);
     gemm<Tile, Major::k, Major::rows>(dy, columns, grid.walk<Tile>(dy.height, dy.width, block), epilogue);
@@ -112,7 +113,7 @@ __device__ __forceinline__ void backward(const GemmGradient<T>& dy, const T* wei
                                          const GemmInput<T>& x, float* dweight, const GemmGrid& grid,
                                          const WeightGrid& weights, const BackwardWindows& windows,
                                          const OwedFinish& owed, float* sums, float* partial, unsigned* counters) {
-    if constexpr (!can_run<Tile>) return __trap();
+    if constexpr (!exist<Tile::products>) return __trap();
     const unsigned of_weights = windows.splits * weights.row_tiles * weights.column_tiles;
     const unsigned of_input = windows.runs * grid.groups;
     const unsigned window = blockIdx.x / (of_weights + of_input), place = blockIdx.x % (of_weights + of_input);

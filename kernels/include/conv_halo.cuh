@@ -50,12 +50,6 @@
 /// fprop's weights are [columns, taps, channels], dgrad's [channels, taps in reverse, columns].
 enum class Direction { forward, backward };
 
-/// How a block multiplies, as said above.
-enum class Products { of_warps, of_warpgroup };
-
-/// Whether there are such where this is compiled for.
-template <Products products> constexpr bool exist = products == Products::of_warps || has_wgmma;
-
 template <class T, unsigned rows, unsigned columns, Products multiplied = Products::of_warps>
 struct ConvTileOf : GemmTile<T, rows, columns, 4, 1, multiplied == Products::of_warps ? 3 : 4> {
     static constexpr Products products = multiplied;
@@ -161,7 +155,7 @@ template <class Tile, Direction direction, bool reversed, class Memory> struct W
     static_assert(Tile::threads % across == 0 && Memory::down % rows == 0 && rows % 8 == 0, "all threads alike");
     /// wgmma wants as many columns as a swizzled row has, 64, 32 or 16, or a multiple of that. Of 48 columns rows of 32 bytes
     /// are swizzled, 8 rows of 16 columns lying together.
-    static constexpr bool in_threes = Tile::products == Products::of_warpgroup && !forward && Tile::bn == 48;
+    static constexpr bool in_threes = by_warpgroups<Tile> && !forward && Tile::bn == 48;
 
     const T* data;
     unsigned channels, columns;
@@ -376,9 +370,9 @@ __device__ __forceinline__ void convolve(const Halo& halo, const typename Tile::
     // The taps of the halo in order are those of the weights in reverse where dgrad has stride 1.
     constexpr bool cells = Geometry::stride == 2;
     using Weights = conv_detail::Weights<Tile, direction, direction == Direction::backward && !cells, Memory>;
-    using Multiply = std::conditional_t<Tile::products == Products::of_warps,
-                                        conv_detail::WarpProducts<Tile, direction, Weights, Memory>,
-                                        conv_detail::WarpgroupProducts<Tile, direction, Weights, Memory>>;
+    using Multiply = std::conditional_t<by_warpgroups<Tile>,
+                                        conv_detail::WarpgroupProducts<Tile, direction, Weights, Memory>,
+                                        conv_detail::WarpProducts<Tile, direction, Weights, Memory>>;
     constexpr unsigned stages = Tile::stages, ahead = 2, pieces = Memory::chunk / 8, pixel_bytes = pieces * 16;
     static_assert(sizeof(T) == 2 && Tile::warps_n == 1, "16 bits; rows alone are cut for warps");
     // Halo pixels that a thread brings with a step, those that the block does, and steps that do so.

@@ -59,13 +59,20 @@
 /// What is side by side in an operand's memory.
 enum class Major { k, rows };
 
+/// What multiplies: each warp for itself (mma.sync), or four together (wgmma).
+enum class Products { of_warps, of_warpgroup };
+
+/// Whether there are such where this is compiled for.
+template <Products products> constexpr bool exist = products == Products::of_warps || has_wgmma;
+
 /// Of a block: bm x bn of C in steps of 64 bytes of k, by warps_m x warps_n warps. `in_tf32`: both factors are rounded to
 /// tf32 as they are multiplied; elements are f32.
 template <class Element, unsigned block_m, unsigned block_n, unsigned along_m, unsigned along_n, unsigned depth,
           bool in_tf32 = false>
 struct GemmTile {
     using T = Element;
-    static constexpr bool tf32 = in_tf32, warpgroups = false;
+    static constexpr Products products = Products::of_warps;
+    static constexpr bool tf32 = in_tf32;
     static_assert(!tf32 || sizeof(T) == 4, "what is rounded to tf32 is f32");
     static constexpr unsigned bm = block_m, bn = block_n, warps_m = along_m, warps_n = along_n, stages = depth;
     static constexpr unsigned threads = 32 * warps_m * warps_n;
@@ -81,13 +88,12 @@ struct GemmTile {
 /// Of a block the same by warpgroups, each of four of its `along_m` warps; a warp has all columns.
 template <class Element, unsigned block_m, unsigned block_n, unsigned along_m, unsigned depth>
 struct WarpgroupTile : GemmTile<Element, block_m, block_n, along_m, 1, depth> {
-    static constexpr bool warpgroups = true;
+    static constexpr Products products = Products::of_warpgroup;
     static_assert(sizeof(Element) == 2 && along_m % 4 == 0, "f16 or bf16, and whole warpgroups");
     static_assert(block_n % 64 == 0 && block_m % 16 == 0, "stages and panels begin at atoms of swizzled rows");
 };
 
-/// Whether this is compiled for a device that has the tile's products.
-template <class Tile> constexpr bool can_run = !Tile::warpgroups || has_wgmma;
+template <class Tile> constexpr bool by_warpgroups = Tile::products == Products::of_warpgroup;
 
 /// Where 16 bytes lie, and whether they exist.
 struct GemmPlace {
@@ -189,7 +195,7 @@ template <class Tile, Major major, unsigned width, class Loader> struct Operand 
 
     const Loader& loader;
     /// Of the tile that is being fetched, where memory rows are the operand's. A WarpgroupTile has no registers left for it.
-    static constexpr bool enters = major == Major::k && !Tile::warpgroups;
+    static constexpr bool enters = major == Major::k && !by_warpgroups<Tile>;
     Row fetched[enters ? count : 1];
     /// Of the tile that is being transformed, if its loader likes them kept.
     static constexpr bool keeps = major == Major::k && keeps_rows<Loader>();
@@ -200,7 +206,7 @@ template <class Tile, Major major, unsigned width, class Loader> struct Operand 
     /// The piece `c` of row `r` of shared memory.
     __device__ static __forceinline__ unsigned at(unsigned r, unsigned c) {
         // Panels of 128 bytes, all rows of one before the next.
-        if constexpr (Tile::warpgroups && across > 8) return ((c / 8 * down + r) * 8 + (c % 8 ^ r % 8)) * chunk;
+        if constexpr (by_warpgroups<Tile> && across > 8) return ((c / 8 * down + r) * 8 + (c % 8 ^ r % 8)) * chunk;
         return (r * across + (across == 4 ? c ^ (r / 2 % 4) : c ^ (r % 8))) * chunk;
     }
 
@@ -302,7 +308,7 @@ __device__ __forceinline__ void multiply(const typename Tile::T* a, const typena
     const GemmThread<Tile> thread;
     const unsigned lane = thread.lane, matrix = lane / 8, r = lane % 8;
     const unsigned m = thread.warp_m * Tile::wm, n = thread.warp_n * Tile::wn;
-    if constexpr (Tile::warpgroups) {
+    if constexpr (by_warpgroups<Tile>) {
         // All of A first: registers may not be written between the fence and the products that read them.
         uint32_t rows[Tile::bk / 16][Tile::fragments_m][4];
 #pragma unroll
@@ -424,7 +430,7 @@ __device__ __forceinline__ void multiply(const typename Tile::T* a, const typena
 /// Until here acc and the step in shared memory belong to the tensor cores.
 template <class Tile>
 __device__ __forceinline__ void finish_products(float (&acc)[Tile::fragments_m][Tile::fragments_n][4]) {
-    if constexpr (Tile::warpgroups) {
+    if constexpr (by_warpgroups<Tile>) {
         // Lanes may have parted in a loader's transform.
         __syncwarp();
         wgmma_wait_group<0>();
@@ -496,7 +502,7 @@ __device__ __forceinline__ void gemm(const A& a, const B& b, const GemmWalk& wal
     constexpr unsigned stages = Tile::stages, b_begin = A::sources * Memory::a_elements;
     RowsOf rows(a);
     ColumnsOf columns(b);
-    T* pipeline = dynamic_shared<T, Tile::warpgroups ? 1024 : 128>();
+    T* pipeline = dynamic_shared<T, by_warpgroups<Tile> ? 1024 : 128>();
     float* turned = dynamic_shared<float>(Memory::pipeline);
     const auto first_row = [&](const Cursor& at) { return walk.first_row + at.tile * Tile::bm; };
     const auto first_k = [&](const Cursor& at) { return walk.first_k + at.step * walk.apart * Tile::bk; };
@@ -521,7 +527,7 @@ __device__ __forceinline__ void gemm(const A& a, const B& b, const GemmWalk& wal
         rows.transform(stage, first_row(at), first_k(at));
         columns.transform(stage + b_begin, walk.first_column, first_k(at));
         // What this thread has copied and made of it is in place; the barrier ahead then tells the tensor cores, too.
-        if constexpr (Tile::warpgroups) fence_proxy_async_shared();
+        if constexpr (by_warpgroups<Tile>) fence_proxy_async_shared();
     };
 
     float acc[Tile::fragments_m][Tile::fragments_n][4] = {};

@@ -200,7 +200,7 @@ impl PointwiseWork {
     /// What a tuning can choose from: columns of a tile, how many blocks there are (of a backward by blocks of each gradient,
     /// for that of the weights), and how a backward reads its operands. One pass is taken where it is possible, and
     /// windows are where there are several. In f16 and bf16 fprop and the gradient of the input, but for one through a gate,
-    /// may be multiplied by wgmma, in two passes, on a device that has it.
+    /// may be multiplied by wgmma, by blocks of each gradient, on a device that has it.
     pub fn choices(&self, launch: Launch) -> Vec<Choice> {
         let columns = |channels: usize| match self.dtype {
             Dtype::F16 | Dtype::Bf16 if channels > Tile::NARROW.columns as usize => vec![64, 128],

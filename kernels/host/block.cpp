@@ -26,6 +26,7 @@ void Block::prepare(const Launch& launch, uint3 index) {
     random_ = Random(launch.seed ^ (linear + 1) * 0xd1342543de82ef95u);
     shuffled_ = launch.seed != 0;
     shared_.renew(launch.dynamic_shared);
+    mbarriers_.clear();
 
     while (threads_.size() < size_) threads_.push_back(std::make_unique<Thread>(*this, threads_.size()));
     for (unsigned rank = 0; rank < size_; ++rank) {
@@ -68,6 +69,9 @@ void Block::schedule() {
         }
         if (!progress) return explain_deadlock(*this);
     }
+    if (const TensorCopy* copy = mbarriers_.copy_under_way())
+        set_failure(*threads_[0], Code::launch_failed, copy->at,
+                    "the block ends before anybody has waited for this cp.async.bulk.tensor");
 }
 
 bool Block::run_warp(unsigned warp) {

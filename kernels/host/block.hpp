@@ -11,6 +11,7 @@
 
 #include "error.hpp"
 #include "launch.hpp"
+#include "mbarrier.hpp"
 #include "random.hpp"
 #include "shared_memory.hpp"
 #include "thread.hpp"
@@ -43,6 +44,7 @@ class Block {
     unsigned warps() const { return (size_ + warp_size - 1) / warp_size; }
     Thread& thread(unsigned rank) { return *threads_[rank]; }
     SharedMemory& shared() { return shared_; }
+    Mbarriers& mbarriers() { return mbarriers_; }
     void* fence_tag() { return &fence_tag_; }
     const Barrier& barrier(unsigned id) const { return barriers_[id]; }
 
@@ -77,6 +79,7 @@ class Block {
     std::vector<unsigned> warp_order_;
     std::array<Barrier, barriers> barriers_;
     SharedMemory shared_;
+    Mbarriers mbarriers_;
     Random random_;
     bool shuffled_ = false;
     Status failure_;

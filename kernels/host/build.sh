@@ -27,7 +27,7 @@ out=${out:-$here/../../target/host-device${sanitize:+-$sanitize}}
 mkdir -p "$out/objects"
 
 flags=(-std=c++17 -g1 -fPIC -fvisibility=hidden -fno-strict-aliasing -fno-math-errno -ffp-contract=fast -pthread
-    -Wall -Wextra -Wno-unknown-pragmas)
+    -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi)
 # Fused multiply-add in hardware, as on the device; any x86-64 machine since 2013 has it.
 if [[ $(uname -m) == x86_64 ]]; then flags+=(-march=x86-64-v3); fi
 kernel_flags=() link_flags=()

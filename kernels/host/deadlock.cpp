@@ -10,6 +10,7 @@ bool same_wait(const Thread& a, const Thread& b) {
     if (a.state != b.state) return false;
     if (a.state == State::done) return true;
     if (a.at != b.at) return false;
+    if (a.state == State::at_mbarrier) return a.mbarrier == b.mbarrier;
     return a.state == State::at_barrier ? a.barrier == b.barrier
                                         : a.collective == b.collective && a.mask == b.mask;
 }
@@ -21,6 +22,8 @@ std::string describe_wait(Block& block, const Thread& thread) {
         return text("wait in %s for their warpgroup at %s", thread.collective->name, line.c_str());
     if (thread.state == State::at_rendezvous)
         return text("wait in %s, mask 0x%08x, at %s", thread.collective->name, thread.mask, line.c_str());
+    if (thread.state == State::at_mbarrier)
+        return text("wait for an mbarrier (%s) at %s", thread.mbarrier->describe().c_str(), line.c_str());
     const Barrier& barrier = block.barrier(thread.barrier);
     return text("wait in %s (%u of %u arrived) at %s", barrier.call, barrier.arrived, barrier.expected,
                 line.c_str());

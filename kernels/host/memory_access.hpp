@@ -22,6 +22,10 @@ void check_early(const void* address, SourceLine at);
 /// The calling thread has written these bytes: if they are dynamic shared memory, that is kept in mind (wgmma.hpp).
 void note_write(const void* address, size_t bytes);
 
+/// Fails where the last thread that has written these 16 bytes has not said fence.proxy.async since: `instruction`, which
+/// goes past the order of ordinary accesses, `touches` them.
+void check_fenced(const char* instruction, const char* touches, const void* address, SourceLine at);
+
 inline void check_access(const void* address, size_t bytes, size_t alignment, SourceLine at) {
     if (reinterpret_cast<uintptr_t>(address) % alignment != 0) fail_misaligned(address, alignment, at);
     if (this_thread().block.shared().debtor(address, bytes) >= 0) fail_owed(address, bytes, at);

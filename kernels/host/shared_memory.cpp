@@ -115,7 +115,7 @@ void SharedMemory::mark(const void* address, size_t bytes, uint32_t value) {
 }
 
 uint32_t SharedMemory::mark_of(const void* address) const {
-    return dynamic_.contains(address, 16) ? marks_[offset(address) / 16] : 0;
+    return dynamic_.contains(address, 1) ? marks_[offset(address) / 16] : 0;
 }
 
 bool SharedMemory::contains(const void* address, size_t bytes) const {

@@ -14,8 +14,9 @@ namespace host {
 
 class Block;
 struct Collective;
+struct Mbarrier;
 
-enum class State : uint8_t { ready, at_barrier, at_rendezvous, done };
+enum class State : uint8_t { ready, at_barrier, at_mbarrier, at_rendezvous, done };
 
 struct Thread {
     Thread(Block& block, unsigned rank) : block(block), rank(rank), fiber(rank) {}
@@ -33,6 +34,9 @@ struct Thread {
     /// While `at_barrier`: which one. Afterwards: how many threads arrived with a true predicate.
     unsigned barrier = 0;
     unsigned predicates = 0;
+
+    /// While `at_mbarrier`: which one.
+    const Mbarrier* mbarrier = nullptr;
 
     /// While `at_rendezvous`: the collective, the lanes it names, this lane's operands and result.
     const Collective* collective = nullptr;

@@ -150,17 +150,6 @@ void deliver(const WgmmaProduct& product, SourceLine at) {
     memcpy(product.accumulators, product.sums.data(), product.sums.size() * sizeof(float));
 }
 
-void check_fenced(const Collective& product, const void* address, SourceLine at) {
-    Block& block = this_thread().block;
-    const uint32_t mark = block.shared().mark_of(address);
-    if (mark == 0) return;
-    const Thread& writer = block.thread(mark % 2048 - 1);
-    if (mark == writer.wgmma.mark_of(writer.rank))
-        fail(Code::launch_failed, at,
-             "%s reads what thread (%u,%u,%u) has written to shared memory without a fence.proxy.async after it",
-             product.name, writer.index.x, writer.index.y, writer.index.z);
-}
-
 void fence_proxy_async() { this_thread().wgmma.fence_proxy(); }
 
 void fail_changed(const WgmmaPiece& piece, SourceLine at) {

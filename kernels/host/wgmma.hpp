@@ -62,9 +62,6 @@ void check_descriptor(const Collective& product, uint64_t bits, unsigned n, bool
 /// The accumulators' place in the queue, poisoned; fails if their registers are not ready.
 float* begin_product(const Collective& product, float* accumulators, unsigned n, const uint32_t* a, SourceLine at);
 
-/// Fails where the last thread that has written these 16 bytes has not said fence.proxy.async since.
-void check_fenced(const Collective& product, const void* address, SourceLine at);
-
 [[noreturn]] void fail_changed(const WgmmaPiece& piece, SourceLine at);
 
 /// Gives a product's accumulators back.
@@ -82,7 +79,7 @@ inline void wgmma(const Collective& product, float* accumulators, unsigned n, co
         const unsigned char* address = shared.at(descriptor.piece(n, b_rows, i));
         check_shared(product.name, address, 16, at);
         check_access(address, 16, 1, at);
-        check_fenced(product, address, at);
+        check_fenced(product.name, "reads", address, at);
         WgmmaPiece& piece = thread.wgmma.read(address, at);
         const auto* source = reinterpret_cast<const volatile uint32_t*>(address);
         for (int word = 0; word < 4; ++word) operands.b[slot][word] = piece.words[word] = source[word];

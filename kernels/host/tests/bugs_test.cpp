@@ -34,13 +34,27 @@ std::vector<std::string> marked_lines(const std::string& name) {
     return lines;
 }
 
+/// n floats in rows of 16, of which a box has 4.
+CUtensorMap rows_of_16(const Buffer<float>& x, int n) {
+    constexpr int of_floats = 7;
+    const uint64_t extents[2] = {16, uint64_t(n) / 16}, strides[1] = {64};
+    const unsigned box[2] = {16, 4}, element_strides[2] = {1, 1};
+    CUtensorMap map;
+    OK(cuTensorMapEncodeTiled(&map, of_floats, 2, reinterpret_cast<void*>(uintptr_t(x.pointer)), extents, strides, box,
+                              element_strides, 0, 0, 0, 0));
+    return map;
+}
+
 /// Launches; y starts as zeros and comes back in *result if that is not null.
 int launch(const std::string& kernel, Shape shape, std::vector<float>* result = nullptr) {
     std::vector<float> values(shape.n);
     for (int i = 0; i < shape.n; ++i) values[i] = float(i);
     Buffer<float> x(values), y(std::vector<float>(shape.n));
+    const Kernel launched(kernel.c_str());
     const int code =
-        Kernel(kernel.c_str()).launch(shape.grid, shape.block, shape.shared, x.pointer, y.pointer, shape.n);
+        kernel.find("tensor_copy") == std::string::npos
+            ? launched.launch(shape.grid, shape.block, shape.shared, x.pointer, y.pointer, shape.n)
+            : launched.launch(shape.grid, shape.block, shape.shared, rows_of_16(x, shape.n), y.pointer, shape.n);
     if (result != nullptr) *result = y.read();
     return code;
 }
@@ -135,6 +149,23 @@ TEST(bugs_warpgroups) {
     caught("written_accumulators", {"the accumulators of the wgmma at", "were written before it was waited for"});
 }
 
+TEST(bugs_tensor_copies) {
+    Context context;
+    const auto caught = [&](const std::string& name, std::vector<std::string> texts, int code = launch_failed) {
+        check_caught("tensor_copy_" + name, code, texts);
+    };
+    const char* under_way = "touches shared memory that the cp.async.bulk.tensor of thread (0,0,0), ";
+    caught("early_read", {under_way, "is still to fill: a wait for its mbarrier is missing"});
+    caught("wrong_parity", {under_way});
+    caught("wrong_bytes", {"deadlock: threads 0-63 wait for an mbarrier (0 of 1 arrivals are missing, and 64 bytes)"});
+    caught("early_phase", {"mbarrier.arrive: the phase before is not over, 256 bytes are missing"});
+    caught("unseen_barrier", {"cp.async.bulk.tensor signals what thread (0,0,0) has written", "fence.proxy.async"});
+    caught("unseen_store", {"cp.async.bulk.tensor overwrites what thread (", "fence.proxy.async"});
+    caught("unknown_barrier", {"there is no mbarrier at 0x"});
+    caught("never_awaited", {"the block ends before anybody has waited for this cp.async.bulk.tensor"});
+    caught("misaligned", {"byte 64 of shared memory is no multiple of 128"}, misaligned_address);
+}
+
 TEST(bugs_traps) {
     Context context;
     check_caught("trap", launch_failed, {"thread (7,0,0)", "__trap"});
@@ -203,6 +234,8 @@ int launch_bug(const char* kernel) {
     Shape shape;
     if (is("race_of_blocks") || is("missing_fence")) shape = {2, 32, 64, 0};
     if (is("wgmma")) shape = {1, 128, 128, 4096};
+    // The first thread first: otherwise another finds no barrier.
+    if (is("early_barrier")) effnetv2_host_set_seed(0);
     if (is("shared_overflow")) shape.shared = 64 * sizeof(float);
     OK(launch(name, shape));
     return failures() == 0 ? 0 : 1;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 using CUdeviceptr = unsigned long long;
 
@@ -22,6 +23,10 @@ struct CUlaunchConfig {
     void* hStream;
     CUlaunchAttribute* attrs;
     unsigned numAttrs;
+};
+
+struct alignas(64) CUtensorMap {
+    uint64_t opaque[16];
 };
 
 extern "C" {
@@ -82,6 +87,9 @@ int cuFuncGetParamInfo(void* function, size_t index, size_t* offset, size_t* siz
 int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                    unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** arguments,
                    void** extra);
+int cuTensorMapEncodeTiled(CUtensorMap* map, int type, unsigned rank, void* address, const uint64_t* extents,
+                           const uint64_t* strides, const unsigned* box, const unsigned* element_strides, int interleave,
+                           int swizzle, int promotion, int fill);
 int cuLaunchKernelEx(const CUlaunchConfig* config, void* function, void** arguments, void** extra);
 int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* function, int block_threads,
                                                 size_t shared);

@@ -118,7 +118,7 @@ TEST(driver_modules) {
     void* module = nullptr;
     void* function = nullptr;
     FAILS(cuModuleLoadData(&module, "effnetv2 host kernels: nothing"), invalid_image,
-          "no kernels of a file `nothing.cu`", "broken, collectives, example, parameters, tensor_core");
+          "no kernels of a file `nothing.cu`", "broken, collectives, example, parameters, tensor_copy, tensor_core");
     FAILS(cuModuleLoadData(&module, "#include"), invalid_image, "neither a fat binary");
     OK(cuModuleLoadData(&module, "effnetv2 host kernels: tensor_core"));
     OK(cuModuleGetFunction(&function, module, "mma_bf16"));

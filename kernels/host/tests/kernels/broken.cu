@@ -1,7 +1,8 @@
 // Bugs on purpose. Each comes with a right twin that differs in nothing else: broken_<name> must be caught,
 // with the line marked `bug: <name>`, and right_<name> must not be.
 //
-// All take (x, y, n): x and y hold n floats, the block is one of n threads unless a test says otherwise.
+// All take (x, y, n): x and y hold n floats, the block is one of n threads unless a test says otherwise. Those of TENSOR_PAIR
+// take x by a tensor map: a matrix with rows of 16 floats, and boxes of 4 of them.
 
 #include "../../../include/predecessors.cuh"
 #include "../../../include/ptx.cuh"
@@ -10,6 +11,16 @@
 #define PAIR(name)                                                                                           \
     extern "C" __global__ void broken_##name(const float* x, float* y, int n) { name<true>(x, y, n); }       \
     extern "C" __global__ void right_##name(const float* x, float* y, int n) { name<false>(x, y, n); }       \
+    EFFNETV2_KERNEL(broken_##name)                                                                           \
+    EFFNETV2_KERNEL(right_##name)
+
+#define TENSOR_PAIR(name)                                                                                    \
+    extern "C" __global__ void broken_##name(const __grid_constant__ TensorMap x, float* y, int n) {         \
+        name<true>(x, y, n);                                                                                 \
+    }                                                                                                        \
+    extern "C" __global__ void right_##name(const __grid_constant__ TensorMap x, float* y, int n) {          \
+        name<false>(x, y, n);                                                                                \
+    }                                                                                                        \
     EFFNETV2_KERNEL(broken_##name)                                                                           \
     EFFNETV2_KERNEL(right_##name)
 
@@ -443,6 +454,163 @@ template <bool broken> __device__ void wgmma_written_accumulators(const float*, 
     y[threadIdx.x] = p.acc[0][0];
 }
 
+/// A box of 256 bytes and its barrier: for blocks of 64 threads.
+struct Box {
+    static constexpr unsigned bytes = 256;
+    float* tile = dynamic_shared<float>();
+    uint64_t* full = dynamic_shared<uint64_t>(2 * bytes);
+
+    __device__ void begin() {
+        if (threadIdx.x == 0) {
+            mbarrier_init(full, 1);
+            fence_proxy_async_shared();
+        }
+        __syncthreads();
+    }
+    __device__ float own() const { return tile[threadIdx.x]; }
+};
+
+template <bool broken> __device__ void tensor_copy_early_read(const TensorMap& x, float* y, int) {
+    Box box;
+    box.begin();
+    if (threadIdx.x == 0) {
+        mbarrier_arrive_expect(box.full, Box::bytes);
+        tensor_copy(box.tile, x, 0, 0, box.full);
+    }
+    if (broken) __syncthreads();
+    if (!broken) mbarrier_wait(box.full, 0);
+    y[threadIdx.x] = load16<float4>(box.tile + threadIdx.x / 4 * 4).x; // bug: tensor_copy_early_read
+    mbarrier_wait(box.full, 0);
+}
+
+/// Waits for a phase that is over: a wrong parity is no wait.
+template <bool broken> __device__ void tensor_copy_wrong_parity(const TensorMap& x, float* y, int) {
+    Box box;
+    box.begin();
+    if (threadIdx.x == 0) {
+        mbarrier_arrive_expect(box.full, Box::bytes);
+        tensor_copy(box.tile, x, 0, 0, box.full);
+    }
+    __syncthreads();
+    mbarrier_wait(box.full, broken ? 1 : 0);
+    y[threadIdx.x] = load16<float4>(box.tile + threadIdx.x / 4 * 4).x; // bug: tensor_copy_wrong_parity
+    mbarrier_wait(box.full, 0);
+}
+
+template <bool broken> __device__ void tensor_copy_wrong_bytes(const TensorMap& x, float* y, int) {
+    Box box;
+    box.begin();
+    if (threadIdx.x == 0) {
+        mbarrier_arrive_expect(box.full, Box::bytes + (broken ? 64 : 0));
+        tensor_copy(box.tile, x, 0, 0, box.full);
+    }
+    mbarrier_wait(box.full, 0); // bug: tensor_copy_wrong_bytes
+    y[threadIdx.x] = box.own();
+}
+
+/// The next phase begins though the one before has not ended.
+template <bool broken> __device__ void tensor_copy_early_phase(const TensorMap& x, float* y, int) {
+    Box box;
+    box.begin();
+    if (threadIdx.x == 0) {
+        mbarrier_arrive_expect(box.full, Box::bytes);
+        if (!broken) tensor_copy(box.tile, x, 0, 0, box.full);
+    }
+    if (!broken) mbarrier_wait(box.full, 0);
+    __syncthreads();
+    if (threadIdx.x == 0) mbarrier_arrive_expect(box.full, 0); // bug: tensor_copy_early_phase
+    mbarrier_wait(box.full, 1);
+    y[threadIdx.x] = box.own();
+}
+
+/// TMA does not see the barrier, or what was written, by a barrier of threads alone.
+template <bool broken> __device__ void tensor_copy_unseen_barrier(const TensorMap& x, float* y, int) {
+    Box box;
+    if (threadIdx.x == 0) {
+        if (broken) fence_proxy_async_shared();
+        mbarrier_init(box.full, 1);
+        if (!broken) fence_proxy_async_shared();
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        mbarrier_arrive_expect(box.full, Box::bytes);
+        tensor_copy(box.tile, x, 0, 0, box.full); // bug: tensor_copy_unseen_barrier
+    }
+    mbarrier_wait(box.full, 0);
+    y[threadIdx.x] = box.own();
+}
+
+template <bool broken> __device__ void tensor_copy_unseen_store(const TensorMap& x, float* y, int) {
+    Box box;
+    if (threadIdx.x < 16) store16(box.tile + 4 * threadIdx.x, make_float4(1, 1, 1, 1));
+    if (!broken) fence_proxy_async_shared();
+    box.begin();
+    if (threadIdx.x == 1) {
+        mbarrier_arrive_expect(box.full, Box::bytes);
+        tensor_copy(box.tile, x, 0, 0, box.full); // bug: tensor_copy_unseen_store
+    }
+    mbarrier_wait(box.full, 0);
+    y[threadIdx.x] = box.own();
+}
+
+/// A barrier that other threads use before it is there, which depends on who comes first, and one that never is.
+template <bool broken> __device__ void tensor_copy_early_barrier(const TensorMap&, float* y, int) {
+    Box box;
+    if (threadIdx.x == 0) mbarrier_init(box.full, 1); // bug: tensor_copy_early_barrier
+    if (!broken) __syncthreads();
+    if (threadIdx.x == 0) mbarrier_arrive_expect(box.full, 0);
+    mbarrier_wait(box.full, 0); // bug: tensor_copy_early_barrier
+    y[threadIdx.x] = 0;
+}
+
+template <bool broken> __device__ void tensor_copy_unknown_barrier(const TensorMap&, float* y, int) {
+    Box box;
+    if (!broken) box.begin();
+    if (!broken && threadIdx.x == 0) mbarrier_arrive_expect(box.full, 0);
+    mbarrier_wait(box.full, 0); // bug: tensor_copy_unknown_barrier
+    y[threadIdx.x] = 0;
+}
+
+/// The next box comes while others still read this one.
+template <bool broken> __device__ void tensor_copy_overwrites(const TensorMap& x, float* y, int) {
+    Box box;
+    box.begin();
+    float sum = 0;
+    for (unsigned phase = 0; phase < 2; ++phase) {
+        if (threadIdx.x == 0) {
+            mbarrier_arrive_expect(box.full, Box::bytes);
+            tensor_copy(box.tile, x, 0, 0, box.full); // bug: tensor_copy_overwrites
+        }
+        mbarrier_wait(box.full, phase);
+        sum += box.own(); // bug: tensor_copy_overwrites
+        if (!broken) __syncthreads();
+    }
+    y[threadIdx.x] = sum;
+}
+
+template <bool broken> __device__ void tensor_copy_never_awaited(const TensorMap& x, float* y, int) {
+    Box box;
+    box.begin();
+    if (threadIdx.x == 0) {
+        mbarrier_arrive_expect(box.full, Box::bytes);
+        tensor_copy(box.tile, x, 0, 0, box.full); // bug: tensor_copy_never_awaited
+    }
+    if (!broken) mbarrier_wait(box.full, 0);
+    y[threadIdx.x] = 0;
+}
+
+template <bool broken> __device__ void tensor_copy_misaligned(const TensorMap& x, float* y, int) {
+    Box box;
+    box.begin();
+    float* to = box.tile + (broken ? 16 : 32);
+    if (threadIdx.x == 0) {
+        mbarrier_arrive_expect(box.full, Box::bytes);
+        tensor_copy(to, x, 0, 0, box.full); // bug: tensor_copy_misaligned
+    }
+    mbarrier_wait(box.full, 0);
+    y[threadIdx.x] = to[threadIdx.x];
+}
+
 /// A block with nothing to do returns before it has waited for the grid ahead of its own.
 template <bool broken> __device__ void never_waits(const float* x, float* y, int) {
     if (broken && blockIdx.x == 1) return;
@@ -507,5 +675,16 @@ PAIR(wgmma_misaligned_atom)
 PAIR(wgmma_misaligned_memory)
 PAIR(wgmma_overwritten)
 PAIR(wgmma_written_accumulators)
+TENSOR_PAIR(tensor_copy_early_read)
+TENSOR_PAIR(tensor_copy_wrong_parity)
+TENSOR_PAIR(tensor_copy_wrong_bytes)
+TENSOR_PAIR(tensor_copy_early_phase)
+TENSOR_PAIR(tensor_copy_unseen_barrier)
+TENSOR_PAIR(tensor_copy_unseen_store)
+TENSOR_PAIR(tensor_copy_early_barrier)
+TENSOR_PAIR(tensor_copy_unknown_barrier)
+TENSOR_PAIR(tensor_copy_overwrites)
+TENSOR_PAIR(tensor_copy_never_awaited)
+TENSOR_PAIR(tensor_copy_misaligned)
 PAIR(never_waits)
 PAIR(waits_late)

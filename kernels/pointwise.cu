@@ -44,15 +44,14 @@ template <class T> using Wgmma64 = WarpgroupTile<T, 128, 64, 8, 3>;
 template <class T> using NarrowTf32 = GemmTile<T, 128, 64, 4, 2, 3, true>;
 template <class T> using WeightsTf32 = GemmTile<T, 64, 128, 2, 4, 3, true>;
 
-template <class Tile, class T>
-__device__ __forceinline__ void fprop(const GemmInput<T>& x, const T* weight, const ForwardOutput<T>& to,
-                                      unsigned outputs, const GemmGrid& grid, const NormFinish& norm,
-                                      float* partial, unsigned* counters) {
+/// `x` [pixels, inputs] and `weight` [outputs, inputs] as their loaders have them.
+template <class Tile, class X, class Weight, class T>
+__device__ __forceinline__ void fprop(const X& x, const Weight& weight, unsigned pixels, unsigned inputs,
+                                      unsigned outputs, const ForwardOutput<T>& to, const GemmGrid& grid,
+                                      const NormFinish& norm, float* partial, unsigned* counters) {
     if constexpr (!exist<Tile::products>) return __trap();
-    using Memory = GemmMemory<Tile, GemmInput<T>, GemmMatrix<T>>;
-    const GemmMatrix<T> columns{weight, outputs, x.width};
-    ForwardEpilogue<Tile> epilogue(to, x.height, outputs, dynamic_shared<float>(Memory::bytes));
-    gemm<Tile, Major::k, Major::k>(x, columns, grid.walk<Tile>(x.height, x.width), epilogue);
+    ForwardEpilogue<Tile> epilogue(to, pixels, outputs, dynamic_shared<float>(GemmMemory<Tile, X, Weight>::bytes));
+    gemm<Tile, Major::k, Major::k>(x, weight, grid.walk<Tile>(pixels, inputs), epilogue);
     epilogue.finish(grid, partial, counters, norm);
 }
 
@@ -161,7 +160,20 @@ __device__ __forceinline__ void classifier_bias(const T* dlogits, T* padded, flo
                                  unsigned outputs, const GemmGrid grid, const NormFinish norm,               \
                                  float* partial, unsigned* counters) {                                       \
         after_predecessors();                                                                                \
-        fprop<Tile<T>>(x, weight, y, outputs, grid, norm, partial, counters);                                \
+        const GemmMatrix<T> columns{weight, outputs, x.width};                                               \
+        fprop<Tile<T>>(x, columns, x.height, x.width, outputs, y, grid, norm, partial, counters);            \
+    }                                                                                                        \
+    EFFNETV2_KERNEL(pointwise_fprop_##suffix)
+
+#define EFFNETV2_POINTWISE_TMA(suffix, T, Tile)                                                              \
+    extern "C" __global__ void __launch_bounds__(threads, 2)                                                 \
+        pointwise_fprop_##suffix(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, \
+                                 const ForwardOutput<T> y, unsigned pixels, unsigned inputs, unsigned outputs, \
+                                 const GemmGrid grid, const NormFinish norm, float* partial,                 \
+                                 unsigned* counters) {                                                       \
+        after_predecessors();                                                                                \
+        fprop<Tile<T>>(GemmTensor{x}, GemmTensor{weight}, pixels, inputs, outputs, y, grid, norm, partial,   \
+                       counters);                                                                            \
     }                                                                                                        \
     EFFNETV2_KERNEL(pointwise_fprop_##suffix)
 
@@ -230,7 +242,9 @@ __device__ __forceinline__ void classifier_bias(const T* dlogits, T* padded, flo
     EFFNETV2_POINTWISE_FPROP(wgmma64_##suffix, T, Wgmma64, 2)                                                \
     EFFNETV2_POINTWISE_DGRAD(wgmma64_##suffix, T, Wgmma64, 2)                                                \
     EFFNETV2_POINTWISE_BACKWARD(wgmma64_##suffix, T, Wgmma64, Weights, false)                                \
-    EFFNETV2_POINTWISE_FPROP(wgmma128_##suffix, T, Wgmma128, 2)
+    EFFNETV2_POINTWISE_FPROP(wgmma128_##suffix, T, Wgmma128, 2)                                              \
+    EFFNETV2_POINTWISE_TMA(tma64_##suffix, T, Wgmma64)                                                       \
+    EFFNETV2_POINTWISE_TMA(tma128_##suffix, T, Wgmma128)
 
 EFFNETV2_POINTWISE(f32, float, Narrow, Weights)
 EFFNETV2_POINTWISE(tf32, float, NarrowTf32, WeightsTf32)

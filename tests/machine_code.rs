@@ -115,6 +115,7 @@ struct Instructions {
     tensor: usize,
     /// Of those, the ones of warpgroups.
     wgmma: usize,
+    tma: usize,
     load128: usize,
     store128: usize,
     /// Loads and stores of local memory: spilled registers and arrays.
@@ -160,6 +161,7 @@ fn read_disassembly(text: &str) -> BTreeMap<String, Instructions> {
                 count.tensor += 1;
                 count.wgmma += 1;
             }
+            "UTMALDG" => count.tma += 1,
             "LDG" | "LDGSTS" if wide => count.load128 += 1,
             "STG" if wide => count.store128 += 1,
             "LDL" | "STL" => count.local += 1,
@@ -184,6 +186,7 @@ fn the_disassembly_is_understood() {
         \x20       /*0030*/                   LDG.E.64 R4, [R2.64] ;       /* 0x0 */\n\
         \x20       /*0040*/                   HMMA.16816.F32.BF16 R4, R8, R2, R4 ; /* 0x0 */\n\
         \x20       /*0050*/                   HFMA2.MMA R27, -RZ, RZ, 0, 0 ; /* 0x0 */\n\
+        \x20       /*0050*/                   UTMALDG.2D [UR4], [UR10] ;   /* 0x0 */\n\
         \x20       /*0060*/                   HGMMA.64x48x16.F32.BF16 R24, R120, gdesc[UR12], R24, gsb0 ; /* 0x0 */\n\
         \t\tFunction : b\n\
         \x20       /*0000*/               @P1 STG.E.EF.128 [R2.64], R4 ;   /* 0x0 */\n\
@@ -202,7 +205,7 @@ fn the_disassembly_is_understood() {
         \x20       /*0030*/                   EXIT ;                       /* 0x0 */\n";
     let kernels = read_disassembly(text);
     let none = Instructions::default();
-    assert_eq!(kernels["a"], Instructions { tensor: 2, wgmma: 1, load128: 2, early: 3, ..none });
+    assert_eq!(kernels["a"], Instructions { tensor: 2, wgmma: 1, tma: 1, load128: 2, early: 4, ..none });
     assert_eq!(kernels["b"], Instructions { store128: 1, local: 2, early: 1, ..none });
     assert_eq!(kernels["c"], Instructions { waits: 1, lets_in: 1, ..none });
     assert_eq!(kernels["d"], Instructions { early: 3, ..none });
@@ -214,6 +217,7 @@ fn the_disassembly_is_understood() {
 enum Needs {
     Tensor,
     Wgmma,
+    Tma,
     Load128,
     Store128,
 }
@@ -446,6 +450,7 @@ fn the_machine_code_has_what_it_should() {
                     let found = match need {
                         Needs::Tensor => count.tensor,
                         Needs::Wgmma => count.wgmma,
+                        Needs::Tma => count.tma,
                         Needs::Load128 => count.load128,
                         Needs::Store128 => count.store128,
                     };

@@ -743,19 +743,31 @@ fn integers_are_exact() {
     check_integers::<bf16>(&device, shape, outputs, VARIANTS[2]);
 }
 
-/// Products of warpgroups for fprop, in tiles of so many columns, and for the gradient of the input.
-fn wgmma(columns: u32) -> Choices {
-    let choice = |columns| Choice::by(Way::Wgmma).columns(columns);
-    Choices { fprop: choice(columns).blocks(528), backward: choice(64).blocks(264), ..Choices::default() }
+/// Products of warpgroups for fprop, in tiles of so many columns, by loaders or TMA, and for the gradient of the input.
+fn warpgroups(forward: Way, columns: u32) -> Choices {
+    let choice = |way, columns| Choice::by(way).columns(columns);
+    Choices {
+        fprop: choice(forward, columns).blocks(528),
+        backward: choice(Way::Wgmma, 64).blocks(264),
+        ..Choices::default()
+    }
 }
+
+/// How operands of theirs come.
+const BOTH: [Way; 2] = [Way::Wgmma, Way::Tma];
 
 /// With one step of a sum and many, whole ones and not, as with rows and columns; and with several tiles to a block.
 #[test]
 fn warpgroups_are_exact() {
     fn check<T: Sample>(device: &Device, shape: Shape, outputs: usize, columns: u32, variant: Variant) {
-        let data = Data::<T> { choices: wgmma(columns), ..Data::integers(shape, outputs) };
-        let variant = Variant { act: Activation::Identity, ..variant };
-        on_device(device, &data, variant).iter().for_each(|actual| check_exactly(&data, variant, actual));
+        let mut data = Data::<T>::integers(shape, outputs);
+        // What an input owes is paid by loaders alone.
+        let ways = if variant.input == InputKind::Plain { &BOTH[..] } else { &BOTH[..1] };
+        for &way in ways {
+            data.choices = warpgroups(way, columns);
+            let variant = Variant { act: Activation::Identity, ..variant };
+            on_device(device, &data, variant).iter().for_each(|actual| check_exactly(&data, variant, actual));
+        }
     }
     let Some(device) = device() else { return };
     for (i, (n, h, w, c, outputs, columns)) in [
@@ -772,6 +784,7 @@ fn warpgroups_are_exact() {
         let shape = Shape::new(n, h, w, c);
         check::<f16>(&device, shape, outputs, columns, VARIANTS[i]);
         check::<bf16>(&device, shape, outputs, columns, VARIANTS[(i + 1) % VARIANTS.len()]);
+        check::<bf16>(&device, shape, outputs, columns, VARIANTS[[0, 3][i % 2]]);
     }
     let long = Shape::new(1, 1, 512 * 128 + 700, 8);
     check::<bf16>(&device, long, 8, 64, Variant { input: InputKind::Plain, ..VARIANTS[2] });
@@ -780,10 +793,12 @@ fn warpgroups_are_exact() {
 #[test]
 fn warpgroups_are_the_reference_s_bit_for_bit_again() {
     let Some(device) = device() else { return };
-    for (shape, outputs, columns, variant) in
-        [(Shape::new(3, 9, 13, 72), 136, 128, VARIANTS[2]), (Shape::new(2, 10, 11, 136), 40, 64, VARIANTS[1])]
-    {
-        let data = Data::<bf16> { choices: wgmma(columns), ..Data::random(shape, outputs, 5) };
+    for (shape, outputs, way, columns, variant) in [
+        (Shape::new(3, 9, 13, 72), 136, Way::Wgmma, 128, VARIANTS[2]),
+        (Shape::new(2, 10, 11, 136), 40, Way::Wgmma, 64, VARIANTS[1]),
+        (Shape::new(3, 9, 13, 72), 136, Way::Tma, 128, Variant { input: InputKind::Plain, ..VARIANTS[2] }),
+    ] {
+        let data = Data::<bf16> { choices: warpgroups(way, columns), ..Data::random(shape, outputs, 5) };
         let run = |seed| {
             if let Some(control) = device.host_control() {
                 control.shuffle(seed);
@@ -796,31 +811,41 @@ fn warpgroups_are_the_reference_s_bit_for_bit_again() {
     }
 }
 
-/// They are taken where they are chosen: elements of 16 bits, and not through a gate.
+/// They are taken where they are chosen: elements of 16 bits, and not through a gate; TMA where the input is as it lies.
 #[test]
 fn warpgroups_are_taken_where_they_are_chosen() {
     let x = Shape::new(4, 19, 19, 160);
     let rule = PointwiseWork::new(x, 960, Dtype::Bf16).unwrap();
     let (plain, silu) = (OutputKind::Plain, GradientKind::Silu);
-    let work = rule.with(wgmma(128)).unwrap();
+    let work = rule.with(warpgroups(Way::Wgmma, 128)).unwrap();
     assert_eq!(work.fprop(InputKind::Plain, plain).kernel, "pointwise_fprop_wgmma128_bf16");
     assert_eq!(work.backward(InputKind::Silu, silu).kernel, "pointwise_backward_wgmma64_bf16");
     let gated = work.backward(InputKind::Gated, GradientKind::Gated);
     assert_eq!(gated.kernel, "pointwise_backward_gated_bf16");
     assert_eq!(
-        rule.with(wgmma(64)).unwrap().fprop(InputKind::Plain, plain).kernel,
+        rule.with(warpgroups(Way::Wgmma, 64)).unwrap().fprop(InputKind::Plain, plain).kernel,
         "pointwise_fprop_wgmma64_bf16"
     );
+    let by_tma = rule.with(warpgroups(Way::Tma, 128)).unwrap();
+    assert_eq!(by_tma.fprop(InputKind::Plain, plain).kernel, "pointwise_fprop_tma128_bf16");
+    assert_eq!(by_tma.fprop(InputKind::Silu, plain).kernel, "pointwise_fprop_wgmma128_bf16");
     assert!(!rule.fprop(InputKind::Plain, plain).kernel.contains("wgmma"));
     // Two blocks find place on a multiprocessor of Hopper: 227 KB and 1 KB of each.
-    for work in [work.fprop(InputKind::Plain, plain), work.backward(InputKind::Silu, silu)] {
+    let launches = [
+        work.fprop(InputKind::Plain, plain),
+        by_tma.fprop(InputKind::Plain, plain),
+        work.backward(InputKind::Silu, silu),
+    ];
+    for work in launches {
         assert!(work.shared + 3 * 1024 <= 114 * 1024, "{} needs {} bytes", work.kernel, work.shared);
     }
     for (outputs, dtype, columns) in [(960, Dtype::F32, 64), (960, Dtype::Tf32, 128), (64, Dtype::Bf16, 128)]
     {
         let work = PointwiseWork::new(x, outputs, dtype).unwrap();
-        let choices = Choices::only(Launch::Fprop, wgmma(columns).fprop);
-        assert!(matches!(work.with(choices), Err(Error::Shape { .. })), "{outputs} {dtype}");
+        for way in BOTH {
+            let choices = Choices::only(Launch::Fprop, warpgroups(way, columns).fprop);
+            assert!(matches!(work.with(choices), Err(Error::Shape { .. })), "{outputs} {dtype}");
+        }
     }
 }
 

@@ -78,7 +78,7 @@ fn every_way_computes_what_the_rule_does() {
         assert!(several(&results, &format!("{launch} bf16")), "{launch} has one way");
     }
     if device.has_wgmma() {
-        for kernel in ["pointwise_fprop_wgmma", "pointwise_backward_wgmma"] {
+        for kernel in ["pointwise_fprop_wgmma", "pointwise_fprop_tma", "pointwise_backward_wgmma"] {
             let tried =
                 results.iter().flat_map(|result| &result.ways).any(|way| way.kernel.starts_with(kernel));
             assert!(tried, "{kernel} was not tried");

@@ -38,6 +38,9 @@
 // the product, each thread the pieces that it fetched, so that no barrier is added and a value is made once for a
 // block. What is outside stays zero: transform() never sees it. GemmMatrix below is the loader of a plain matrix.
 //
+// Where both operands are plain matrices of Major::k they may be GemmTensors instead: then one thread has TMA bring
+// their boxes, Tile::bm or Tile::bn rows of 64 bytes, swizzled so, and the others only wait. On sm_90 and later.
+//
 // Epilogues. A warp turns its part of the tile, 16 or 8 rows at a time, through its own piece of shared memory, after which
 // a lane has eight neighbouring columns of a row, so that all global accesses are of 16 bytes:
 //
@@ -52,6 +55,8 @@
 // Shared memory is free of bank conflicts: pieces of 16 bytes are swizzled by XOR with their row. Of a WarpgroupTile that is
 // how wgmma wants B: rows of 64 bytes of k, or panels of 64 columns.
 #pragma once
+
+#include <type_traits>
 
 #include "ptx.cuh"
 #include "types.cuh"
@@ -118,12 +123,23 @@ template <class Tile> struct GemmThread {
           column(warp_n * Tile::wn + lane % groups * 8) {}
 };
 
+/// An operand that TMA brings: a matrix [height, width] as it lies, by a map of boxes of 64 bytes in as many rows as the
+/// operand's side of a tile has, pieces of 16 bytes swizzled in rows of 64.
+struct GemmTensor {
+    static constexpr unsigned sources = 1;
+    const TensorMap& map;
+};
+
 template <class Tile, class A, class B> struct GemmMemory {
+    static constexpr bool by_tensors = std::is_same_v<A, GemmTensor>;
+    static_assert(by_tensors == std::is_same_v<B, GemmTensor>, "both operands come in the same way");
     static constexpr unsigned a_elements = Tile::bm * Tile::bk, b_elements = Tile::bn * Tile::bk;
     static constexpr unsigned stage_elements = A::sources * a_elements + B::sources * b_elements;
     static constexpr unsigned pipeline = Tile::stages * stage_elements * sizeof(typename Tile::T);
     static constexpr unsigned turn = Tile::threads / 32 * Tile::turn_floats * sizeof(float);
-    static constexpr unsigned bytes = pipeline + turn;
+    /// A barrier for each stage.
+    static constexpr unsigned barriers = by_tensors ? (Tile::stages + 1) / 2 * 16 : 0;
+    static constexpr unsigned bytes = pipeline + turn + barriers;
 };
 
 /// A matrix [height, width] as it lies, width a multiple of the chunk.
@@ -183,25 +199,14 @@ template <class Loader> constexpr bool keeps_rows() {
         return false;
 }
 
-/// One operand: `width` rows of it and Tile::bk of k in shared memory, once for each source.
-template <class Tile, Major major, unsigned width, class Loader> struct Operand {
+/// Where an operand lies in shared memory: `width` rows of it and Tile::bk of k.
+template <class Tile, Major operand_major, unsigned width> struct Layout {
     using T = typename Tile::T;
-    using Row = typename Loader::Row;
+    static constexpr Major major = operand_major;
     static constexpr unsigned chunk = Tile::chunk, elements = width * Tile::bk;
-    /// Pieces of 16 bytes in a row of shared memory, and the rows between those of one thread.
-    static constexpr unsigned across = (major == Major::k ? Tile::bk : width) / chunk, step = Tile::threads / across;
-    static constexpr unsigned down = major == Major::k ? width : Tile::bk, count = down / step;
-    static_assert(Tile::threads % across == 0 && down % step == 0, "every thread fetches as much");
-
-    const Loader& loader;
-    /// Of the tile that is being fetched, where memory rows are the operand's. A WarpgroupTile has no registers left for it.
-    static constexpr bool enters = major == Major::k && !by_warpgroups<Tile>;
-    Row fetched[enters ? count : 1];
-    /// Of the tile that is being transformed, if its loader likes them kept.
-    static constexpr bool keeps = major == Major::k && keeps_rows<Loader>();
-    Row kept[keeps ? count : 1];
-
-    __device__ __forceinline__ explicit Operand(const Loader& l) : loader(l) {}
+    /// Pieces of 16 bytes in a row of shared memory, and its rows.
+    static constexpr unsigned across = (major == Major::k ? Tile::bk : width) / chunk;
+    static constexpr unsigned down = major == Major::k ? width : Tile::bk;
 
     /// The piece `c` of row `r` of shared memory.
     __device__ static __forceinline__ unsigned at(unsigned r, unsigned c) {
@@ -219,6 +224,28 @@ template <class Tile, Major major, unsigned width, class Loader> struct Operand 
             return wgmma_descriptor<128>(stage + k * 64, down * 128, 8 * 128);
         }
     }
+
+};
+
+/// One operand by its loader, once for each source.
+template <class Tile, Major major, unsigned width, class Loader> struct Operand : Layout<Tile, major, width> {
+    using Place = Layout<Tile, major, width>;
+    using Place::across, Place::at, Place::chunk, Place::elements;
+    using T = typename Tile::T;
+    using Row = typename Loader::Row;
+    /// Rows of shared memory between the pieces of one thread, and how many it has.
+    static constexpr unsigned step = Tile::threads / across, count = Place::down / step;
+    static_assert(Tile::threads % across == 0 && Place::down % step == 0, "every thread fetches as much");
+
+    const Loader& loader;
+    /// Of the tile that is being fetched, where memory rows are the operand's. A WarpgroupTile has no registers left for it.
+    static constexpr bool enters = major == Major::k && !by_warpgroups<Tile>;
+    Row fetched[enters ? count : 1];
+    /// Of the tile that is being transformed, if its loader likes them kept.
+    static constexpr bool keeps = major == Major::k && keeps_rows<Loader>();
+    Row kept[keeps ? count : 1];
+
+    __device__ __forceinline__ explicit Operand(const Loader& l) : loader(l) {}
 
     __device__ __forceinline__ void enter(unsigned first) {
         if constexpr (enters)
@@ -289,22 +316,125 @@ struct Cursor {
     }
 };
 
+/// The steps of a block, one after the other, and where they are in the operands.
+template <class Tile> struct Steps {
+    GemmWalk walk;
+
+    __device__ __forceinline__ unsigned row(const Cursor& at) const { return walk.first_row + at.tile * Tile::bm; }
+    __device__ __forceinline__ unsigned k(const Cursor& at) const {
+        return walk.first_k + at.step * walk.apart * Tile::bk;
+    }
+    __device__ __forceinline__ bool has(const Cursor& at) const { return at.tile < walk.tiles; }
+};
+
+/// A pipeline of stages in shared memory that loaders fill by cp.async.
+template <class Tile, Major a_major, Major b_major, class LoaderA, class LoaderB> struct LoaderPipeline {
+    using T = typename Tile::T;
+    using A = Operand<Tile, a_major, Tile::bm, LoaderA>;
+    using B = Operand<Tile, b_major, Tile::bn, LoaderB>;
+    using Memory = GemmMemory<Tile, LoaderA, LoaderB>;
+
+    A rows;
+    B columns;
+    Steps<Tile> steps;
+    T* stages = dynamic_shared<T, by_warpgroups<Tile> ? 1024 : 128>();
+    Cursor fetched;
+
+    __device__ __forceinline__ LoaderPipeline(const LoaderA& a, const LoaderB& b, const GemmWalk& walk)
+        : rows(a), columns(b), steps{walk} {
+        columns.enter(walk.first_column);
+    }
+
+    __device__ __forceinline__ T* a(unsigned slot) const { return stages + slot * Memory::stage_elements; }
+    __device__ __forceinline__ T* b(unsigned slot) const { return a(slot) + LoaderA::sources * Memory::a_elements; }
+
+    /// Begins to bring the next step, if there is one, to the stage.
+    __device__ __forceinline__ void fetch(unsigned slot) {
+        if (steps.has(fetched)) {
+            if (fetched.step == 0) rows.enter(steps.row(fetched));
+            rows.fetch(a(slot), steps.row(fetched), steps.k(fetched));
+            columns.fetch(b(slot), steps.walk.first_column, steps.k(fetched));
+            fetched = fetched.next(steps.walk.k_steps);
+        }
+        cp_async_commit_group();
+    }
+
+    /// The thread's part of the step `at` is there, and is made what it is to be.
+    __device__ __forceinline__ void receive(const Cursor& at, unsigned slot) {
+        cp_async_wait_group<int(Tile::stages) - 2>();
+        if (!steps.has(at)) return;
+        if (at.step == 0) rows.keep(steps.row(at));
+        rows.transform(a(slot), steps.row(at), steps.k(at));
+        columns.transform(b(slot), steps.walk.first_column, steps.k(at));
+        // What this thread has copied and made of it is in place; the barrier ahead then tells the tensor cores, too.
+        if constexpr (by_warpgroups<Tile>) fence_proxy_async_shared();
+    }
+};
+
+/// The same, filled by TMA.
+template <class Tile> struct TensorPipeline {
+    using T = typename Tile::T;
+    using A = Layout<Tile, Major::k, Tile::bm>;
+    using B = Layout<Tile, Major::k, Tile::bn>;
+    using Memory = GemmMemory<Tile, GemmTensor, GemmTensor>;
+    static_assert(A::across == 4 && B::across == 4, "rows as maps have them swizzled");
+
+    const TensorMap &rows, &columns;
+    Steps<Tile> steps;
+    T* stages = dynamic_shared<T, 1024>();
+    uint64_t* full = dynamic_shared<uint64_t>(Memory::pipeline + Memory::turn);
+    Cursor fetched;
+    /// Of the phase that the next step to be received ends.
+    unsigned parity = 0;
+
+    __device__ __forceinline__ TensorPipeline(const GemmTensor& a, const GemmTensor& b, const GemmWalk& walk)
+        : rows(a.map), columns(b.map), steps{walk} {
+        if (threadIdx.x == 0) {
+#pragma unroll
+            for (unsigned slot = 0; slot < Tile::stages; ++slot) mbarrier_init(full + slot, 1);
+            fence_proxy_async_shared();
+        }
+        __syncthreads();
+    }
+
+    __device__ __forceinline__ T* a(unsigned slot) const { return stages + slot * Memory::stage_elements; }
+    __device__ __forceinline__ T* b(unsigned slot) const { return a(slot) + Memory::a_elements; }
+
+    __device__ __forceinline__ void fetch(unsigned slot) {
+        if (!steps.has(fetched)) return;
+        if (threadIdx.x == 0) {
+            mbarrier_arrive_expect(full + slot, Memory::stage_elements * sizeof(T));
+            tensor_copy(a(slot), rows, steps.k(fetched), steps.row(fetched), full + slot);
+            tensor_copy(b(slot), columns, steps.k(fetched), steps.walk.first_column, full + slot);
+        }
+        __syncwarp();
+        fetched = fetched.next(steps.walk.k_steps);
+    }
+
+    __device__ __forceinline__ void receive(const Cursor& at, unsigned slot) {
+        if (!steps.has(at)) return;
+        mbarrier_wait(full + slot, parity);
+        if (slot + 1 == Tile::stages) parity ^= 1;
+    }
+};
+
 /// Four matrices of A as tensor cores take 16 rows from `row` on and 16 k from `k` on.
-template <Major major, class A, class T>
+template <class A, class T>
 __device__ __forceinline__ void load_rows(uint32_t (&rows)[4], const T* a, unsigned row, unsigned k) {
     const unsigned lane = threadIdx.x % 32, matrix = lane / 8, r = lane % 8;
     // Rows 0.. and 8.. of k 0.., then of k 8...
-    if constexpr (major == Major::k)
+    if constexpr (A::major == Major::k)
         ldmatrix<4>(rows, a + A::at(row + matrix % 2 * 8 + r, k / 8 + matrix / 2));
     else
         ldmatrix_trans<4>(rows, a + A::at(k + matrix / 2 * 8 + r, row / 8 + matrix % 2));
 }
 
-/// acc += A B^T of one step; of a WarpgroupTile under way until finish_products.
-template <class Tile, Major a_major, Major b_major, class A, class B>
+/// acc += A B^T of one step, by the layouts of both; of a WarpgroupTile under way until finish_products.
+template <class Tile, class A, class B>
 __device__ __forceinline__ void multiply(const typename Tile::T* a, const typename Tile::T* b,
                                          float (&acc)[Tile::fragments_m][Tile::fragments_n][4]) {
     using T = typename Tile::T;
+    constexpr Major a_major = A::major, b_major = B::major;
     const GemmThread<Tile> thread;
     const unsigned lane = thread.lane, matrix = lane / 8, r = lane % 8;
     const unsigned m = thread.warp_m * Tile::wm, n = thread.warp_n * Tile::wn;
@@ -315,7 +445,7 @@ __device__ __forceinline__ void multiply(const typename Tile::T* a, const typena
         for (unsigned k = 0; k < Tile::bk; k += 16)
 #pragma unroll
             for (unsigned i = 0; i < Tile::fragments_m; ++i)
-                load_rows<a_major, A>(rows[k / 16][i], a, m + 16 * i, k);
+                load_rows<A>(rows[k / 16][i], a, m + 16 * i, k);
         wgmma_fence();
 #pragma unroll
         for (unsigned k = 0; k < Tile::bk; k += 16)
@@ -342,7 +472,7 @@ __device__ __forceinline__ void multiply(const typename Tile::T* a, const typena
 #pragma unroll
             for (unsigned i = 0; i < Tile::fragments_m; ++i) {
                 uint32_t rows[4];
-                load_rows<a_major, A>(rows, a, m + 16 * i, k);
+                load_rows<A>(rows, a, m + 16 * i, k);
 #pragma unroll
                 for (unsigned j = 0; j < Tile::fragments_n; ++j)
                     mma_m16n8k16<T>(acc[i][j], rows, columns[j], acc[i][j]);
@@ -495,56 +625,28 @@ __device__ __forceinline__ void turn(float* memory, const float (&acc)[Tile::fra
 template <class Tile, Major a_major, Major b_major, class A, class B, class Epilogue>
 __device__ __forceinline__ void gemm(const A& a, const B& b, const GemmWalk& walk, Epilogue& epilogue) {
     using namespace gemm_detail;
-    using T = typename Tile::T;
     using Memory = GemmMemory<Tile, A, B>;
-    using RowsOf = Operand<Tile, a_major, Tile::bm, A>;
-    using ColumnsOf = Operand<Tile, b_major, Tile::bn, B>;
-    constexpr unsigned stages = Tile::stages, b_begin = A::sources * Memory::a_elements;
-    RowsOf rows(a);
-    ColumnsOf columns(b);
-    T* pipeline = dynamic_shared<T, by_warpgroups<Tile> ? 1024 : 128>();
+    static_assert(!Memory::by_tensors || (a_major == Major::k && b_major == Major::k), "TMA brings rows along k");
+    using Pipeline = std::conditional_t<Memory::by_tensors, TensorPipeline<Tile>,
+                                        LoaderPipeline<Tile, a_major, b_major, A, B>>;
+    constexpr unsigned stages = Tile::stages;
+    Pipeline pipeline(a, b, walk);
     float* turned = dynamic_shared<float>(Memory::pipeline);
-    const auto first_row = [&](const Cursor& at) { return walk.first_row + at.tile * Tile::bm; };
-    const auto first_k = [&](const Cursor& at) { return walk.first_k + at.step * walk.apart * Tile::bk; };
-
-    columns.enter(walk.first_column);
-    Cursor fetched, done;
-    const auto fetch = [&](unsigned slot) {
-        if (fetched.tile < walk.tiles) {
-            if (fetched.step == 0) rows.enter(first_row(fetched));
-            T* stage = pipeline + slot * Memory::stage_elements;
-            rows.fetch(stage, first_row(fetched), first_k(fetched));
-            columns.fetch(stage + b_begin, walk.first_column, first_k(fetched));
-            fetched = fetched.next(walk.k_steps);
-        }
-        cp_async_commit_group();
-    };
-    const auto transform = [&](const Cursor& at, unsigned slot) {
-        cp_async_wait_group<int(stages) - 2>();
-        if (at.tile == walk.tiles) return;
-        if (at.step == 0) rows.keep(first_row(at));
-        T* stage = pipeline + slot * Memory::stage_elements;
-        rows.transform(stage, first_row(at), first_k(at));
-        columns.transform(stage + b_begin, walk.first_column, first_k(at));
-        // What this thread has copied and made of it is in place; the barrier ahead then tells the tensor cores, too.
-        if constexpr (by_warpgroups<Tile>) fence_proxy_async_shared();
-    };
-
     float acc[Tile::fragments_m][Tile::fragments_n][4] = {};
 #pragma unroll
-    for (unsigned s = 0; s + 1 < stages; ++s) fetch(s);
-    transform(done, 0);
+    for (unsigned s = 0; s + 1 < stages; ++s) pipeline.fetch(s);
+    Cursor done;
+    pipeline.receive(done, 0);
     unsigned slot = 0;
     while (done.tile < walk.tiles) {
-        // All threads have brought this step, and are through with the one before, whose memory is fetched into next.
+        // All threads have received this step, and are through with the one before, whose memory is fetched into next.
         __syncthreads();
-        fetch(slot == 0 ? stages - 1 : slot - 1);
-        const T* stage = pipeline + slot * Memory::stage_elements;
-        multiply<Tile, a_major, b_major, RowsOf, ColumnsOf>(stage, stage + b_begin, acc);
+        pipeline.fetch(slot == 0 ? stages - 1 : slot - 1);
+        multiply<Tile, typename Pipeline::A, typename Pipeline::B>(pipeline.a(slot), pipeline.b(slot), acc);
         const Cursor next = done.next(walk.k_steps);
         if (next.step == 0) {
             finish_products<Tile>(acc);
-            const unsigned first = first_row(done);
+            const unsigned first = pipeline.steps.row(done);
             turn<Tile>(turned, acc, walk.first_column, epilogue, [&](unsigned row) { return first + row; });
 #pragma unroll
             for (auto& fragments : acc)
@@ -557,7 +659,7 @@ __device__ __forceinline__ void gemm(const A& a, const B& b, const GemmWalk& wal
         if (++slot == stages) slot = 0;
         // A WarpgroupTile's products go on meanwhile: this writes another stage than theirs. Theirs is fetched into behind the
         // next barrier, and then no warp's products read it any more.
-        transform(done, slot);
+        pipeline.receive(done, slot);
         finish_products<Tile>(acc);
     }
 }

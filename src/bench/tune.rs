@@ -425,7 +425,7 @@ pub fn measure<T: FusedElement>(
     let Convolution { conv, x, .. } = convolution;
     let rule = Plan::<T>::new(device, &convolution, dtype, Choices::default())?;
     let mut plans = vec![(Choice::default(), Ok(rule))];
-    let can_run = |choice: &Choice| choice.way != Some(tuning::Way::Wgmma) || device.has_wgmma();
+    let can_run = |choice: &Choice| !choice.needs_wgmma() || device.has_wgmma();
     for choice in possible(candidate, dtype)?.into_iter().filter(can_run) {
         plans.push((choice, Plan::new(device, &convolution, dtype, Choices::only(launch, choice))));
     }

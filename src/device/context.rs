@@ -93,7 +93,8 @@ impl Device {
         self.0.is_host
     }
 
-    /// Whether it runs kernels with wgmma, which are traps elsewhere: Hopper, with an image for it alone, and the host device.
+    /// Whether it runs kernels with wgmma and TMA, which are traps elsewhere: Hopper, with an image for it alone, and the host
+    /// device.
     pub fn has_wgmma(&self) -> bool {
         let best = Image::best(&embedded_images(), self.0.gpu.capability);
         self.is_host() || best.is_some_and(|image| image.exact && image.capability == (9, 0))

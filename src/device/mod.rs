@@ -27,6 +27,7 @@ mod monitor;
 mod operands;
 mod probe;
 mod staging;
+mod tensor_map;
 mod transfer;
 
 pub use arena::{Arena, Block, Layout};
@@ -41,6 +42,7 @@ pub use monitor::Launched;
 pub use operands::Operands;
 pub use probe::{Gpu, Survey, survey};
 pub use staging::Staging;
+pub use tensor_map::TensorMap;
 pub use transfer::{copy, read, write};
 
 use cudarc::driver::{DeviceRepr, ValidAsZeroBits};

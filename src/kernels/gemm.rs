@@ -15,6 +15,8 @@ pub(super) struct Tile {
     pub(super) columns: u32,
     pub(super) warp_rows: u32,
     pub(super) threads: u32,
+    /// Whether TMA brings both operands.
+    by_tensors: bool,
 }
 
 /// Threads of a block.
@@ -22,24 +24,31 @@ pub(super) const THREADS: u32 = 256;
 /// Bytes of a step along the sum, in every row of an operand.
 const STEP_BYTES: u32 = 64;
 const STAGES: u32 = 3;
+/// Bytes of a barrier for each stage, to a multiple of 16.
+const BARRIERS: u32 = STAGES.div_ceil(2) * 16;
 
 impl Tile {
     /// 128 × 128, for f16 and bf16.
     pub(super) const WIDE: Self =
-        Self { name: "wide", rows: 128, columns: 128, warp_rows: 2, threads: THREADS };
+        Self { name: "wide", rows: 128, columns: 128, warp_rows: 2, threads: THREADS, by_tensors: false };
     /// 128 × 64.
     pub(super) const NARROW: Self =
-        Self { name: "narrow", rows: 128, columns: 64, warp_rows: 4, threads: THREADS };
+        Self { name: "narrow", rows: 128, columns: 64, warp_rows: 4, threads: THREADS, by_tensors: false };
     /// 64 × 128, for weights' gradients.
     pub(super) const WEIGHTS: Self =
-        Self { name: "", rows: 64, columns: 128, warp_rows: 2, threads: THREADS };
+        Self { name: "", rows: 64, columns: 128, warp_rows: 2, threads: THREADS, by_tensors: false };
 
     /// `WarpgroupTile`: 128 × 128 by wgmma.
     pub(super) const WGMMA128: Self =
-        Self { name: "wgmma128", rows: 128, columns: 128, warp_rows: 8, threads: THREADS };
+        Self { name: "wgmma128", rows: 128, columns: 128, warp_rows: 8, threads: THREADS, by_tensors: false };
     /// 128 × 64 by wgmma.
     pub(super) const WGMMA64: Self =
-        Self { name: "wgmma64", rows: 128, columns: 64, warp_rows: 8, threads: THREADS };
+        Self { name: "wgmma64", rows: 128, columns: 64, warp_rows: 8, threads: THREADS, by_tensors: false };
+
+    /// `WGMMA128`, its operands brought by TMA.
+    pub(super) const TMA128: Self = Self { name: "tma128", by_tensors: true, ..Self::WGMMA128 };
+    /// `WGMMA64`, its operands brought by TMA.
+    pub(super) const TMA64: Self = Self { name: "tma64", by_tensors: true, ..Self::WGMMA64 };
 
     /// That of fprop and dgrad with so many columns.
     pub(super) fn with_columns(columns: u32) -> Option<&'static Self> {
@@ -51,13 +60,19 @@ impl Tile {
         [&Self::WGMMA64, &Self::WGMMA128].into_iter().find(|tile| tile.columns == columns)
     }
 
+    /// The same by wgmma and TMA.
+    pub(super) fn by_tma(columns: u32) -> Option<&'static Self> {
+        [&Self::TMA64, &Self::TMA128].into_iter().find(|tile| tile.columns == columns)
+    }
+
     /// Bytes of `GemmMemory` where A's values are made of `sources` tensors, and B's of one.
     pub(super) const fn shared(&self, sources: u32) -> u32 {
         let stage = (self.rows * sources + self.columns) * STEP_BYTES;
         let warps = self.threads / 32;
         let warp_columns = self.columns * self.warp_rows / warps;
         let turn_rows = if warp_columns < 64 { 16 } else { 8 };
-        STAGES * stage + warps * turn_rows * (warp_columns + 8) * 4
+        let barriers = if self.by_tensors { BARRIERS } else { 0 };
+        STAGES * stage + warps * turn_rows * (warp_columns + 8) * 4 + barriers
     }
 
     /// The same with the pivots of `ForwardEpilogue`.

@@ -31,13 +31,14 @@ use super::work::{Cost, Work};
 use super::workspace::Workspace;
 use crate::backend::Activation;
 use crate::device::cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr};
-use crate::device::{Argument, Device, Entry, Family, Kernel, Operands};
+use crate::device::{Argument, Device, Entry, Family, Kernel, Operands, TensorMap};
 use crate::tensor::{Dtype, MAX_ELEMENTS, Shape};
 use crate::{Error, Result};
 use std::marker::PhantomData;
 use std::sync::Arc;
 
 const FPROP: &str = "{48:8}p{32:8}I{12:4}{56:8}pp";
+const TENSOR_FPROP: &str = "{128:128}{128:128}{32:8}III{12:4}{56:8}pp";
 const DGRAD: &str = "{56:8}p{32:8}I{12:4}{40:8}pp";
 const GATED: &str = "{56:8}p{32:8}I{12:4}p";
 const WGRAD: &str = "{56:8}{48:8}p{16:4}pp";
@@ -62,6 +63,10 @@ pub const FAMILY: Family = Family {
         entry("pointwise_fprop_wgmma64_bf16", FPROP),
         entry("pointwise_fprop_wgmma128_f16", FPROP),
         entry("pointwise_fprop_wgmma128_bf16", FPROP),
+        entry("pointwise_fprop_tma64_f16", TENSOR_FPROP),
+        entry("pointwise_fprop_tma64_bf16", TENSOR_FPROP),
+        entry("pointwise_fprop_tma128_f16", TENSOR_FPROP),
+        entry("pointwise_fprop_tma128_bf16", TENSOR_FPROP),
         entry("pointwise_dgrad_narrow_f32", DGRAD),
         entry("pointwise_dgrad_narrow_tf32", DGRAD),
         entry("pointwise_dgrad_narrow_f16", DGRAD),
@@ -200,7 +205,8 @@ impl PointwiseWork {
     /// What a tuning can choose from: columns of a tile, how many blocks there are (of a backward by blocks of each gradient,
     /// for that of the weights), and how a backward reads its operands. One pass is taken where it is possible, and
     /// windows are where there are several. In f16 and bf16 fprop and the gradient of the input, but for one through a gate,
-    /// may be multiplied by wgmma, by blocks of each gradient, on a device that has it.
+    /// may be multiplied by wgmma, by blocks of each gradient, on a device that has it; and TMA may bring what fprop multiplies,
+    /// where the input is as it lies.
     pub fn choices(&self, launch: Launch) -> Vec<Choice> {
         let columns = |channels: usize| match self.dtype {
             Dtype::F16 | Dtype::Bf16 if channels > Tile::NARROW.columns as usize => vec![64, 128],
@@ -216,6 +222,7 @@ impl PointwiseWork {
                 let mut all = each(None, self.outputs, &[264, 528, 1056, 4096]);
                 if self.dtype.bytes() == 2 {
                     all.extend(each(Some(Way::Wgmma), self.outputs, &[528, 4096]));
+                    all.extend(each(Some(Way::Tma), self.outputs, &[528, 4096]));
                 }
                 all
             }
@@ -244,6 +251,7 @@ impl PointwiseWork {
     fn tile(&self, columns: usize, choice: Choice) -> &'static Tile {
         let chosen = match choice.way {
             Some(Way::Wgmma) => choice.columns.and_then(Tile::by_wgmma),
+            Some(Way::Tma) => choice.columns.and_then(Tile::by_tma),
             _ => choice.columns.and_then(Tile::with_columns),
         };
         if let Some(chosen) = chosen {
@@ -258,9 +266,18 @@ impl PointwiseWork {
         }
     }
 
-    /// Of the output.
-    fn forward_tile(&self) -> &'static Tile {
-        self.tile(self.outputs, self.choices.fprop)
+    /// Of the output. TMA cannot pay what an input owes.
+    fn forward_tile(&self, input: InputKind) -> &'static Tile {
+        let mut choice = self.choices.fprop;
+        if choice.way == Some(Way::Tma) && !self.comes_by_tma(input) {
+            choice.way = Some(Way::Wgmma);
+        }
+        self.tile(self.outputs, choice)
+    }
+
+    /// Whether TMA brings what fprop multiplies.
+    fn comes_by_tma(&self, input: InputKind) -> bool {
+        self.choices.fprop.way == Some(Way::Tma) && input == InputKind::Plain
     }
 
     /// Of the gradient of the input.
@@ -270,7 +287,7 @@ impl PointwiseWork {
 
     /// Of the output.
     fn forward_grid(&self) -> Grid {
-        let (tile, columns) = (self.forward_tile(), self.outputs as u32);
+        let (tile, columns) = (self.forward_tile(InputKind::Plain), self.outputs as u32);
         let blocks = self.choices.fprop.blocks.unwrap_or(BLOCKS);
         Grid::aiming(blocks, self.rows().div_ceil(tile.rows), columns.div_ceil(tile.columns), RUNS)
     }
@@ -327,7 +344,7 @@ impl PointwiseWork {
 
     /// The launch of [`Pointwise::fprop`].
     pub fn fprop(&self, input: InputKind, output: OutputKind) -> Work {
-        let (tile, grid) = (self.forward_tile(), self.forward_grid());
+        let (tile, grid) = (self.forward_tile(input), self.forward_grid());
         let (y, elements) = (self.tensor(self.outputs), self.x.with_channels(self.outputs).elements() as u64);
         let (owed, pay) = self.owed(input);
         let (extra, operations) = match output {
@@ -613,6 +630,7 @@ pub struct Pointwise<T> {
     device: Device,
     work: PointwiseWork,
     fprop: Kernel,
+    fprop_by_tma: Option<Kernel>,
     dgrad: Kernel,
     gated: Kernel,
     wgrad: Kernel,
@@ -664,7 +682,11 @@ impl<T: RawElement> Pointwise<T> {
         Ok(Self {
             device: device.clone(),
             work,
-            fprop: load(device, &work.fprop(InputKind::Plain, OutputKind::Plain))?,
+            fprop: load(device, &work.fprop(InputKind::Silu, OutputKind::Plain))?,
+            fprop_by_tma: match work.comes_by_tma(InputKind::Plain) {
+                true => Some(load(device, &work.fprop(InputKind::Plain, OutputKind::Plain))?),
+                false => None,
+            },
             dgrad: load(device, &work.dgrad(GradientKind::Plain { skip: false }))?,
             gated: load(device, &work.dgrad(GradientKind::Gated))?,
             wgrad: load(device, &work.wgrad(InputKind::Plain))?,
@@ -727,9 +749,20 @@ impl<T: RawElement> Pointwise<T> {
                 (ForwardArgument { bias: address(*bias, stream), skip, silu, ..to }, NormFinish::default())
             }
         };
-        let input = InputArgument::new(&input, stream, self.work.rows(), x.c as u32, self.work.pixels());
         let outputs = y_shape.c as u32;
         let (mut partial, mut counters) = (workspace.partial.as_view_mut(), workspace.counters.as_view_mut());
+        if let (Some(kernel), Input::Plain(matrix)) = (&self.fprop_by_tma, input) {
+            let tile = self.work.forward_tile(InputKind::Plain);
+            let (pixels, inputs) = (self.work.rows(), x.c as u32);
+            let map = TensorMap::rows_of_64_bytes(stream, matrix, [x.pixels(), x.c], tile.rows)?;
+            let weights = TensorMap::rows_of_64_bytes(stream, weight, [y_shape.c, x.c], tile.columns)?;
+            let mut launch = kernel.on(stream);
+            launch.value(&map).value(&weights).value(&to).value(&pixels).value(&inputs).value(&outputs);
+            launch.value(&grid).value(&norm).output(&mut partial).output(&mut counters);
+            // SAFETY: as below; the maps are of x and the weights, with the boxes of the kernel's tile.
+            return unsafe { launch.run(work.grid, work.shared, format_args!("{x} to {outputs} channels")) };
+        }
+        let input = InputArgument::new(&input, stream, self.work.rows(), x.c as u32, self.work.pixels());
         let mut launch = self.fprop.on(stream);
         launch.value(&input).input(weight).value(&to).value(&outputs).value(&grid).value(&norm);
         launch.output(&mut partial).output(&mut counters);

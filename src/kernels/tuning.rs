@@ -54,6 +54,8 @@ pub enum Way {
     /// Products of warpgroups, Hopper's wgmma; of a dense 3×3 convolution on the tiles of [`Spatial`](Self::Spatial), of a
     /// pointwise one's gradients in [`TwoPasses`](Self::TwoPasses).
     Wgmma,
+    /// As [`Wgmma`](Self::Wgmma), and what is multiplied as it lies is brought by Hopper's TMA.
+    Tma,
     /// Both gradients from one reading of their operands.
     OnePass,
     /// One gradient after the other.
@@ -62,10 +64,11 @@ pub enum Way {
     Interleaved,
 }
 
-const WAYS: [(Way, &str); 6] = [
+const WAYS: [(Way, &str); 7] = [
     (Way::Product, "product"),
     (Way::Spatial, "spatial"),
     (Way::Wgmma, "wgmma"),
+    (Way::Tma, "tma"),
     (Way::OnePass, "one-pass"),
     (Way::TwoPasses, "two-passes"),
     (Way::Interleaved, "interleaved"),
@@ -85,6 +88,11 @@ pub struct Choice {
 }
 
 impl Choice {
+    /// Whether only a device with wgmma can make the launch.
+    pub const fn needs_wgmma(&self) -> bool {
+        matches!(self.way, Some(Way::Wgmma | Way::Tma))
+    }
+
     /// This algorithm.
     pub const fn by(way: Way) -> Self {
         Self { way: Some(way), columns: None, blocks: None, rank: None }
@@ -197,10 +205,10 @@ impl Choices {
 
     /// Refuses what the device does not have.
     pub(super) fn check_device(&self, operation: &'static str, device: &Device) -> Result<()> {
-        if device.has_wgmma() || self.each().iter().all(|(_, choice)| choice.way != Some(Way::Wgmma)) {
-            return Ok(());
-        }
-        let problem = format!("a tuning chooses wgmma, which {} does not have", device.gpu().name);
+        let each = self.each();
+        let needs = each.iter().find(|(_, choice)| choice.needs_wgmma() && !device.has_wgmma());
+        let Some((_, choice)) = needs else { return Ok(()) };
+        let problem = format!("a tuning chooses `{choice}`, which {} does not have", device.gpu().name);
         Err(Error::Shape { operation, problem })
     }
 

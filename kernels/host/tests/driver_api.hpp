@@ -25,7 +25,7 @@ struct CUlaunchConfig {
     unsigned numAttrs;
 };
 
-struct alignas(64) CUtensorMap {
+struct alignas(128) CUtensorMap {
     uint64_t opaque[16];
 };
 

@@ -19,7 +19,7 @@
 #include "memory.cuh"
 
 /// A matrix in global memory, and a box of it; what the words are is the driver's affair.
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
     uint64_t words[16];
 };
 

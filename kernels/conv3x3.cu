@@ -278,8 +278,13 @@ __device__ __forceinline__ void fprop(const T* x, const T* weight, const Forward
     const unsigned k = taps * shape.inputs.divisor;
     const ConvInput<T> rows{x, shape};
     const GemmMatrix<T> columns{weight, outputs, k};
-    ForwardEpilogue<Tile> epilogue(to, shape.pixels, outputs, dynamic_shared<float>(Memory::bytes));
-    gemm<Tile, Major::k, Major::k>(rows, columns, grid.walk<Tile>(shape.pixels, k), epilogue);
+    const GemmWalk walk = grid.walk<Tile>(shape.pixels, k);
+    if (!to.moments) {
+        FoldedEpilogue<Tile> epilogue{to, shape.pixels, outputs};
+        return gemm<Tile, Major::k, Major::k>(rows, columns, walk, epilogue);
+    }
+    MomentsEpilogue<Tile> epilogue(to.y, shape.pixels, outputs, dynamic_shared<float>(Memory::bytes));
+    gemm<Tile, Major::k, Major::k>(rows, columns, walk, epilogue);
     epilogue.finish(grid, partial, counters, norm);
 }
 
@@ -317,9 +322,13 @@ __device__ __forceinline__ void fprop_tiles(const T* x, const T* weight, const F
     using Memory = ConvMemory<Tile, Direction::forward, UnitStride::most_halo>;
     const ConvWalk walk = tile_walk(tiles, grid, Tile::bn);
     const unsigned pixels = tiles.images * tiles.height * tiles.width;
-    ForwardEpilogue<Tile> epilogue(to, pixels, outputs, dynamic_shared<float>(Memory::pivots));
-    convolve<Tile, Direction::forward>(PlainHalo<T>{x, inputs}, weight, outputs, UnitStride{tiles}, walk, epilogue);
-    if (!to.moments) return;
+    const PlainHalo<T> halo{x, inputs};
+    if (!to.moments) {
+        FoldedEpilogue<Tile> epilogue{to, pixels, outputs};
+        return convolve<Tile, Direction::forward>(halo, weight, outputs, UnitStride{tiles}, walk, epilogue);
+    }
+    MomentsEpilogue<Tile> epilogue(to.y, pixels, outputs, dynamic_shared<float>(Memory::pivots));
+    convolve<Tile, Direction::forward>(halo, weight, outputs, UnitStride{tiles}, walk, epilogue);
     // A warp counts its own rows; the table is not needed any more, after the barriers of the last steps.
     static_assert(Tile::wm == 64 && Tile::warps_n == 1, "two rows for a lane");
     unsigned alive = 0;

@@ -7,7 +7,8 @@
 // (wide), 128 x 64 (narrow) or, for dW, 64 x 128 tiles; f16 and bf16 on tensor cores, f32 in plain arithmetic or in tf32.
 // Each is 2 * pixels * inputs * outputs operations. In kernels of wgmma128 and wgmma64 warpgroups multiply, in the tiles of
 // wide and narrow, but for dW; they run on sm_90a alone. The gradient of x has no wide ones: with 128 columns its epilogue
-// finds too few registers, since wgmma's accumulators lie side by side.
+// finds too few registers, since wgmma's accumulators lie side by side. In those of tma128 and tma64 TMA brings what warpgroups
+// multiply, x as it lies: of the launch's maps the boxes are bm and bn rows of 64 bytes.
 //
 // pointwise_fprop: y, as ForwardOutput says: with the moments of batch norm, or folded for inference. Grid runs * groups as
 //   in GemmGrid, groups of `bn` outputs. Least bytes: x, W and y once, skip if any; partial moments 8 * runs * outputs
@@ -50,8 +51,13 @@ __device__ __forceinline__ void fprop(const X& x, const Weight& weight, unsigned
                                       unsigned outputs, const ForwardOutput<T>& to, const GemmGrid& grid,
                                       const NormFinish& norm, float* partial, unsigned* counters) {
     if constexpr (!exist<Tile::products>) return __trap();
-    ForwardEpilogue<Tile> epilogue(to, pixels, outputs, dynamic_shared<float>(GemmMemory<Tile, X, Weight>::bytes));
-    gemm<Tile, Major::k, Major::k>(x, weight, grid.walk<Tile>(pixels, inputs), epilogue);
+    const GemmWalk walk = grid.walk<Tile>(pixels, inputs);
+    if (!to.moments) {
+        FoldedEpilogue<Tile> epilogue{to, pixels, outputs};
+        return gemm<Tile, Major::k, Major::k>(x, weight, walk, epilogue);
+    }
+    MomentsEpilogue<Tile> epilogue(to.y, pixels, outputs, dynamic_shared<float>(GemmMemory<Tile, X, Weight>::bytes));
+    gemm<Tile, Major::k, Major::k>(x, weight, walk, epilogue);
     epilogue.finish(grid, partial, counters, norm);
 }
 

@@ -39,26 +39,15 @@ template <class T> struct ForwardOutput {
     unsigned silu, moments;
 };
 
-/// Stores a run of a raw or folded output.
-template <class Tile> struct ForwardEpilogue {
+/// Stores a run of an output without moments.
+template <class Tile> struct FoldedEpilogue {
     using T = typename Tile::T;
-    /// Floats of shared memory, from `pivots` on.
-    static constexpr unsigned floats = Tile::warps_m * Tile::bn;
     struct Extra {
         Pack8<T> skip;
     };
 
     ForwardOutput<T> to;
     unsigned height, width;
-    /// The first value of each warp row and column: no other warp reads it before the end.
-    float* pivots;
-    GemmThread<Tile> thread;
-    float sums[2][8] = {};
-    bool started = false;
-
-    __device__ __forceinline__ ForwardEpilogue(const ForwardOutput<T>& output, unsigned rows, unsigned columns,
-                                               float* shared)
-        : to(output), height(rows), width(columns), pivots(shared) {}
 
     __device__ __forceinline__ Extra prefetch(unsigned row, unsigned column) const {
         Extra extra{};
@@ -66,9 +55,9 @@ template <class Tile> struct ForwardEpilogue {
         return extra;
     }
 
-    __device__ __forceinline__ void store(unsigned row, unsigned column, float (&x)[8], const Extra& extra) {
-        const bool inside = row < height && column < width;
-        if (to.bias && inside) {
+    __device__ __forceinline__ void store(unsigned row, unsigned column, float (&x)[8], const Extra& extra) const {
+        if (row >= height || column >= width) return;
+        if (to.bias) {
 #pragma unroll
             for (unsigned j = 0; j < 8; ++j) {
                 x[j] += column + j < width ? __ldg(to.bias + column + j) : 0.0f;
@@ -82,15 +71,35 @@ template <class Tile> struct ForwardEpilogue {
             }
         }
         T* y = to.y + row * width + column;
-        if (width % 8 != 0) {
+        if (width % 8 == 0) return store8(y, x);
 #pragma unroll
-            for (unsigned j = 0; j < 8; ++j)
-                if (row < height && column + j < width) y[j] = from_float<T>(x[j]);
-            return;
-        }
+        for (unsigned j = 0; j < 8; ++j)
+            if (column + j < width) y[j] = from_float<T>(x[j]);
+    }
+};
+
+/// Stores a run of a raw output y [height, width] and takes the moments of what it stores.
+template <class Tile> struct MomentsEpilogue {
+    using T = typename Tile::T;
+    struct Extra {};
+
+    T* y;
+    unsigned height, width;
+    /// The first value of each warp row and column, [Tile::warps_m, Tile::bn]: no other warp reads it before the end.
+    float* pivots;
+    GemmThread<Tile> thread;
+    float sums[2][8] = {};
+    bool started = false;
+
+    __device__ __forceinline__ MomentsEpilogue(T* output, unsigned rows, unsigned columns, float* shared)
+        : y(output), height(rows), width(columns), pivots(shared) {}
+
+    __device__ __forceinline__ Extra prefetch(unsigned, unsigned) const { return {}; }
+
+    __device__ __forceinline__ void store(unsigned row, unsigned column, float (&x)[8], const Extra&) {
+        const bool inside = row < height && column < width;
         const Pack8<T> rounded = pack8<T>(x);
-        if (inside) store_pack8(y, rounded);
-        if (!to.moments) return;
+        if (inside) store_pack8(y + row * width + column, rounded);
         unpack8(rounded, x);
         float* pivot = pivots + thread.warp_m * Tile::bn + thread.column;
         const unsigned alive = started ? 0 : __ballot_sync(0xffffffffu, row < height);
@@ -132,7 +141,6 @@ template <class Tile> struct ForwardEpilogue {
     template <class OfWarp, class OfRun>
     __device__ __forceinline__ void finish(const GemmGrid& grid, float* partial, unsigned* counters,
                                            const NormFinish& norm, OfWarp of_warp, OfRun of_run) {
-        if (!to.moments) return;
         auto& shared = *dynamic_shared<float[Tile::warps_m][2][Tile::bn]>();
         gemm_column_sums<Tile>(sums, shared);
         const unsigned run = grid.run(), group = grid.group(), c = threadIdx.x, column = group * Tile::bn + c;

@@ -16,7 +16,7 @@ use crate::kernels::conv3x3::{Conv3x3, Conv3x3Shape};
 use crate::kernels::depthwise::{BackwardKind, Depthwise, DepthwiseShape};
 use crate::kernels::fused::{Convolution, ConvolutionPass, FusedElement};
 use crate::kernels::pointwise::{Passes, Pointwise, PointwiseWork};
-use crate::kernels::tuning::{self, Choice, Choices, Launch, Tuning, key};
+use crate::kernels::tuning::{Choice, Choices, Launch, Tuning, key};
 use crate::kernels::{
     Arrival, Debt, GradientKind, GradientOutput, GradientView, Input, InputKind, Output, OutputKind,
     Statistics, Work, Workspace,

@@ -208,12 +208,16 @@ template <class Tile, Major operand_major, unsigned width> struct Layout {
     static constexpr unsigned across = (major == Major::k ? Tile::bk : width) / chunk;
     static constexpr unsigned down = major == Major::k ? width : Tile::bk;
 
+    /// Whether it is in panels of 128 bytes, all rows of one before the next.
+    static constexpr bool in_panels = by_warpgroups<Tile> && across > 8;
+
     /// The piece `c` of row `r` of shared memory.
     __device__ static __forceinline__ unsigned at(unsigned r, unsigned c) {
-        // Panels of 128 bytes, all rows of one before the next.
-        if constexpr (by_warpgroups<Tile> && across > 8) return ((c / 8 * down + r) * 8 + (c % 8 ^ r % 8)) * chunk;
+        if constexpr (in_panels) return ((c / 8 * down + r) * 8 + (c % 8 ^ r % 8)) * chunk;
         return (r * across + (across == 4 ? c ^ (r / 2 % 4) : c ^ (r % 8))) * chunk;
     }
+    /// From there to the same piece of the row `rows` further on, a multiple of 8: those are swizzled alike.
+    __device__ static constexpr __forceinline__ unsigned further(unsigned rows) { return rows * (in_panels ? 8 : across) * chunk; }
 
     /// The 16 k from k on, of all rows of the operand, as wgmma's B.
     __device__ static __forceinline__ uint64_t descriptor(const T* stage, unsigned k) {
@@ -230,12 +234,13 @@ template <class Tile, Major operand_major, unsigned width> struct Layout {
 /// One operand by its loader, once for each source.
 template <class Tile, Major major, unsigned width, class Loader> struct Operand : Layout<Tile, major, width> {
     using Place = Layout<Tile, major, width>;
-    using Place::across, Place::at, Place::chunk, Place::elements;
+    using Place::across, Place::at, Place::chunk, Place::elements, Place::further;
     using T = typename Tile::T;
     using Row = typename Loader::Row;
     /// Rows of shared memory between the pieces of one thread, and how many it has.
     static constexpr unsigned step = Tile::threads / across, count = Place::down / step;
     static_assert(Tile::threads % across == 0 && Place::down % step == 0, "every thread fetches as much");
+    static_assert(step % 8 == 0, "pieces of one thread are swizzled alike");
 
     const Loader& loader;
     /// Of the tile that is being fetched, where memory rows are the operand's. A WarpgroupTile has no registers left for it.
@@ -263,11 +268,12 @@ template <class Tile, Major major, unsigned width, class Loader> struct Operand 
     __device__ __forceinline__ void fetch(T* stage, unsigned first, unsigned k) {
         const unsigned c = threadIdx.x % across, r = threadIdx.x / across;
         const unsigned column = (major == Major::k ? k : first) + c * chunk;
+        T* const first_piece = stage + at(r, c);
 #pragma unroll
         for (unsigned i = 0; i < count; ++i) {
             const Row own = enters ? fetched[enters ? i : 0] : row(first, k, i);
             const GemmPlace place = loader.place(own, column);
-            T* to = stage + at(r + i * step, c);
+            T* to = first_piece + further(i * step);
 #pragma unroll
             for (unsigned s = 0; s < Loader::sources; ++s)
                 cp_async<16>(to + s * elements, loader.base(s) + (place.inside ? place.offset : 0u),
@@ -280,6 +286,10 @@ template <class Tile, Major major, unsigned width, class Loader> struct Operand 
             if (!loader.transforms()) return;
             const unsigned c = threadIdx.x % across, r = threadIdx.x / across;
             const unsigned column = (major == Major::k ? k : first) + c * chunk;
+            T* const first_piece = stage + at(r, c);
+            Row own[count];
+#pragma unroll
+            for (unsigned i = 0; i < count; ++i) own[i] = keeps ? kept[keeps ? i : 0] : row(first, k, i);
             // Four columns at a time, one after the other, for the registers; every other eight lanes begin with the last.
 #pragma unroll 1
             for (unsigned four = 0; four < chunk; four += 4) {
@@ -287,13 +297,12 @@ template <class Tile, Major major, unsigned width, class Loader> struct Operand 
                 const typename Loader::Columns columns = loader.columns(column + at_column);
 #pragma unroll
                 for (unsigned i = 0; i < count; ++i) {
-                    const Row own = keeps ? kept[keeps ? i : 0] : row(first, k, i);
-                    if (!loader.place(own, column).inside) continue;
-                    T* piece = stage + at(r + i * step, c) + at_column;
+                    if (!loader.place(own[i], column).inside) continue;
+                    T* piece = first_piece + further(i * step) + at_column;
                     float x[4], second[4];
                     load4(piece, x);
                     if constexpr (Loader::sources == 2) load4(piece + elements, second);
-                    loader.transform(x, second, own, columns);
+                    loader.transform(x, second, own[i], columns);
                     store4(piece, x);
                 }
             }

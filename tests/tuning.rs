@@ -61,6 +61,10 @@ fn check_all<T: FusedElement>(
             assert!(way.time.is_some() && !way.kernel.is_empty() && way.blocks > 0, "{way:?}");
         }
         assert_eq!(result.ways[0].choice, "rule");
+        if candidate.convolution.conv.kind == ConvKind::Depthwise {
+            let launches: BTreeSet<_> = result.ways.iter().map(|way| (&way.kernel, way.blocks)).collect();
+            assert_eq!(launches.len(), result.ways.len(), "{result:?}");
+        }
         results.push(result);
     }
     results
@@ -77,12 +81,13 @@ fn every_way_computes_what_the_rule_does() {
     for launch in ["fprop", "dgrad", "backward"] {
         assert!(several(&results, &format!("{launch} bf16")), "{launch} has one way");
     }
+    let mut kernels = vec!["depthwise_backward_3x3_s1_bf16", "depthwise_backward_3x3_s1c5_bf16"];
     if device.has_wgmma() {
-        for kernel in ["pointwise_fprop_wgmma", "pointwise_backward_wgmma"] {
-            let tried =
-                results.iter().flat_map(|result| &result.ways).any(|way| way.kernel.starts_with(kernel));
-            assert!(tried, "{kernel} was not tried");
-        }
+        kernels.extend(["pointwise_fprop_wgmma", "pointwise_backward_wgmma"]);
+    }
+    for kernel in kernels {
+        let tried = results.iter().flat_map(|result| &result.ways).any(|way| way.kernel.starts_with(kernel));
+        assert!(tried, "{kernel} was not tried");
     }
     check::<f16>(&device, "nano", Dtype::F16, 3, 36);
     check::<f32>(&device, "nano", Dtype::F32, 2, 32);

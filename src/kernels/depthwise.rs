@@ -244,6 +244,16 @@ impl DepthwiseShape {
         self.work("backward", cut, &geometry, 2 * x + 2 * y + skip + self.conv.weights(), floats, 4)
     }
 
+    /// What the number of its blocks does not tell of a launch: rows of a strip, and strips that a slot of a block works on one
+    /// after the other.
+    pub fn cut(&self, launch: Tuned) -> [u32; 2] {
+        let Geometry { steps, per_slot, .. } = match launch {
+            Tuned::Fprop => self.fprop_geometry(),
+            Tuned::Dgrad | Tuned::Wgrad | Tuned::Backward => self.backward_geometry(),
+        };
+        [steps, per_slot]
+    }
+
     /// Floats of a [`Workspace`] that the launches need.
     pub fn workspace_floats(&self) -> usize {
         let (fprop, backward) = (self.fprop_geometry(), self.backward_geometry());

@@ -13,6 +13,7 @@ use effnetv2::backend::{Activation, VarianceEstimator};
 use effnetv2::device::Device;
 use effnetv2::device::cudarc::driver::CudaSlice;
 use effnetv2::kernels::depthwise::{BackwardKind, Depthwise, DepthwiseShape};
+use effnetv2::kernels::tuning::{Choice, Choices, Launch};
 use effnetv2::kernels::{
     Arrival, Debt, GradientOutput, GradientView, Input, Output, OutputKind, Statistics, Workspace,
 };
@@ -569,6 +570,43 @@ fn strips_are_as_wide_as_divides_images_best() {
     }
     for width in [1, 4, 7, 8, 12, 16, 24] {
         assert_eq!(kernel(width, 1, Dtype::Bf16), "depthwise_backward_3x3_s1_bf16", "{width}");
+    }
+}
+
+#[test]
+fn a_tuning_chooses_among_the_columns_that_there_are_kernels_for() {
+    let shape = |width, kernel, stride, dtype| {
+        let (kind, padding) = (ConvKind::Depthwise, Padding::Same);
+        let conv = Conv { kind, kernel, stride, padding, inputs: 8, outputs: 8 };
+        DepthwiseShape::new(&conv, Shape::new(64, 64, width, 8), dtype).unwrap()
+    };
+    let with = |shape: DepthwiseShape, columns, blocks| {
+        let choice = Choice::default().columns(columns).blocks(blocks);
+        shape
+            .with(Choices::only(Launch::Backward, choice))
+            .map(|shape| shape.backward_work(false, BackwardKind::Silu))
+    };
+    // By the rule the first has strips of five columns, the second of four, and all 1024 blocks.
+    for (width, rule) in [(19, 5), (24, 4)] {
+        let shape = shape(width, 3, 1, Dtype::F16);
+        assert_eq!(shape.choices(Launch::Backward).len(), 2 * shape.choices(Launch::Fprop).len());
+        assert_eq!(with(shape, 4, 256).unwrap().kernel, "depthwise_backward_3x3_s1_f16");
+        assert_eq!(with(shape, 5, 256).unwrap().kernel, "depthwise_backward_3x3_s1c5_f16");
+        assert_ne!(with(shape, rule, 256).unwrap().grid, with(shape, rule, 4096).unwrap().grid);
+        let by_rule = shape.backward_work(false, BackwardKind::Silu);
+        assert_eq!(with(shape, rule, 1024).unwrap(), by_rule);
+        assert_ne!(with(shape, 9 - rule, 1024).unwrap(), by_rule);
+        assert!(with(shape, 3, 1024).is_err());
+    }
+    // There is one kernel for each of these.
+    for other in [
+        shape(19, 3, 1, Dtype::F32),
+        shape(19, 3, 2, Dtype::F16),
+        shape(19, 5, 1, Dtype::F16),
+        shape(19, 5, 2, Dtype::F16),
+    ] {
+        assert_eq!(other.choices(Launch::Backward), other.choices(Launch::Fprop));
+        assert!((2..6).all(|columns| with(other, columns, 1024).is_err()), "{other:?}");
     }
 }
 

@@ -10,8 +10,9 @@ use effnetv2::backend::PassKind;
 use effnetv2::bench::timing::Effort;
 use effnetv2::bench::tune::{Candidate, TuneResult, candidates, measure, possible};
 use effnetv2::device::Device;
+use effnetv2::kernels::depthwise::{BackwardKind, DepthwiseShape};
 use effnetv2::kernels::fused::{Convolution, ConvolutionPass, FusedElement, Planner};
-use effnetv2::kernels::tuning::{Choice, Launch, Tuning};
+use effnetv2::kernels::tuning::{Choice, Choices, Launch, Tuning};
 use effnetv2::kernels::{GradientKind, InputKind, OutputKind};
 use effnetv2::model::Architecture;
 use effnetv2::nn::Network;
@@ -61,9 +62,28 @@ fn check_all<T: FusedElement>(
             assert!(way.time.is_some() && !way.kernel.is_empty() && way.blocks > 0, "{way:?}");
         }
         assert_eq!(result.ways[0].choice, "rule");
+        check_distinct(candidate, dtype, &result);
         results.push(result);
     }
     results
+}
+
+/// Of a depthwise convolution no two ways are one launch, and none is left out.
+fn check_distinct(candidate: &Candidate, dtype: Dtype, result: &TuneResult) {
+    let Candidate { convolution: Convolution { conv, x, .. }, launch, .. } = candidate;
+    let Ok(shape) = DepthwiseShape::new(conv, *x, dtype) else { return };
+    let launched = |choice: &str| {
+        let shape = shape.with(Choices::only(*launch, choice.parse().unwrap())).unwrap();
+        let work = match launch {
+            Launch::Fprop => shape.fprop_work(true, OutputKind::Moments),
+            _ => shape.backward_work(false, BackwardKind::Silu),
+        };
+        (work.kernel, work.grid, shape.cut(*launch))
+    };
+    let tried: Vec<_> = result.ways.iter().map(|way| launched(&way.choice)).collect();
+    let all = possible(candidate, dtype).unwrap().into_iter().chain([Choice::default()]);
+    let all: BTreeSet<_> = all.map(|choice| launched(&choice.to_string())).collect();
+    assert_eq!((tried.len(), tried.into_iter().collect()), (all.len(), all), "{result:?}");
 }
 
 fn several(results: &[TuneResult], launch: &str) -> bool {
@@ -77,12 +97,13 @@ fn every_way_computes_what_the_rule_does() {
     for launch in ["fprop", "dgrad", "backward"] {
         assert!(several(&results, &format!("{launch} bf16")), "{launch} has one way");
     }
+    let mut kernels = vec!["depthwise_backward_3x3_s1_bf16", "depthwise_backward_3x3_s1c5_bf16"];
     if device.has_wgmma() {
-        for kernel in ["pointwise_fprop_wgmma", "pointwise_fprop_tma", "pointwise_backward_wgmma"] {
-            let tried =
-                results.iter().flat_map(|result| &result.ways).any(|way| way.kernel.starts_with(kernel));
-            assert!(tried, "{kernel} was not tried");
-        }
+        kernels.extend(["pointwise_fprop_wgmma", "pointwise_fprop_tma", "pointwise_backward_wgmma"]);
+    }
+    for kernel in kernels {
+        let tried = results.iter().flat_map(|result| &result.ways).any(|way| way.kernel.starts_with(kernel));
+        assert!(tried, "{kernel} was not tried");
     }
     check::<f16>(&device, "nano", Dtype::F16, 3, 36);
     check::<f32>(&device, "nano", Dtype::F32, 2, 32);
@@ -107,9 +128,12 @@ fn every_cut_computes_what_the_rule_does() {
     let (dense, depthwise) = (conv(ConvKind::Dense, 8), conv(ConvKind::Depthwise, 64));
     let pointwise = conv(ConvKind::Pointwise, 8);
     let (small, large) = (Shape::new(16, 64, 64, 64), Shape::new(4, 96, 96, 8));
+    // As many blocks for strips of four rows, two a slot, as for strips of eight, one a slot.
+    let (few, flat) = (conv(ConvKind::Depthwise, 8), Shape::new(64, 24, 24, 8));
     for (conv, x, input, pass, launch) in [
         (depthwise, small, InputKind::Silu, forward, Launch::Fprop),
         (depthwise, small, InputKind::Silu, backward(GradientKind::Silu), Launch::Backward),
+        (few, flat, InputKind::Silu, backward(GradientKind::Silu), Launch::Backward),
         (dense, Shape::new(2, 32, 32, 8), InputKind::Plain, backward(plain), Launch::Wgrad),
         (pointwise, large, InputKind::Plain, forward, Launch::Fprop),
         (pointwise, large, InputKind::Plain, backward(plain), Launch::Backward),
@@ -117,6 +141,7 @@ fn every_cut_computes_what_the_rule_does() {
         let convolution = Convolution { conv, x, input, pass };
         let candidate = Candidate { convolution, launch, calls: 1 };
         let result = measure::<bf16>(&device, &candidate, Dtype::Bf16, QUICK).unwrap();
+        check_distinct(&candidate, Dtype::Bf16, &result);
         let blocks: BTreeSet<u32> = result.ways.iter().map(|way| way.blocks).collect();
         assert!(blocks.len() > 1, "{result:?}");
         assert!(result.ways.len() > 3 || launch != Launch::Wgrad, "{result:?}");

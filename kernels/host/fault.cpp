@@ -2,6 +2,11 @@
 // so that on its return the fiber continues in `land`, on a clean part of its own stack, and reports the
 // fault like any other failure. Faults outside of kernels go to whoever handled them before.
 //
+// Reporting takes memory. A fault in the allocator leaves its lock taken for ever, and whoever allocates next
+// waits for it; so after a fault outside of this library a thread of its own tries the locks first. If they are
+// not to be had, or if explaining a fault is what faults, the bare facts go to standard error and the signal
+// ends the process.
+//
 // Sanitizer builds leave faults to the sanitizer (fault_reported.cpp).
 
 #include "fault.hpp"
@@ -12,17 +17,23 @@
     !defined(HOST_ADDRESS_SANITIZER) && !defined(HOST_THREAD_SANITIZER)
 
 #include <dlfcn.h>
+#include <link.h>
+#include <semaphore.h>
 #include <signal.h>
-#include <sys/mman.h>
+#include <sys/wait.h>
+#include <time.h>
 #include <ucontext.h>
+#include <unistd.h>
 
+#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
 #include <mutex>
+#include <thread>
 
 #include "block.hpp"
+#include "kernel.hpp"
 #include "memory.hpp"
 
 namespace host {
@@ -37,6 +48,8 @@ struct Fault {
     int signal = 0;
     const void* address = nullptr;
     uintptr_t pc = 0;
+    /// From its report's beginning to its end.
+    volatile sig_atomic_t under_report = 0;
 };
 
 /// One of each worker's, kept with its alternate stack, which the handler runs on.
@@ -44,6 +57,132 @@ struct AlternateStack {
     Fault fault;
     char memory[64 << 10];
 };
+
+/// A line for standard error, put together in the memory that it has.
+class Line {
+  public:
+    Line& operator<<(const char* text) {
+        while (*text != '\0' && length_ < sizeof text_) text_[length_++] = *text++;
+        return *this;
+    }
+
+    Line& number(uintptr_t value, unsigned base = 10) {
+        char digits[24];
+        char* digit = digits + sizeof digits;
+        *--digit = '\0';
+        do *--digit = "0123456789abcdef"[value % base];
+        while ((value /= base) != 0);
+        return *this << digit;
+    }
+
+    Line& index(uint3 at) {
+        (*this << "(").number(at.x) << ",";
+        return (number(at.y) << ",").number(at.z) << ")";
+    }
+
+    void write() const {
+        for (size_t done = 0; done < length_;) {
+            const ssize_t count = ::write(STDERR_FILENO, text_ + done, length_ - done);
+            if (count <= 0) return;
+            done += size_t(count);
+        }
+    }
+
+  private:
+    char text_[512];
+    size_t length_ = 0;
+};
+
+const char* signal_name(int signal) {
+    switch (signal) {
+    case SIGSEGV: return "SIGSEGV";
+    case SIGBUS: return "SIGBUS";
+    case SIGFPE: return "SIGFPE";
+    default: return "SIGILL";
+    }
+}
+
+/// Ends the process by the fault's own signal; only calls that a signal handler may make.
+[[noreturn]] void end_process(const Thread& thread, const Fault& fault, const char* why) {
+    Line line;
+    line << "effnetv2 host device: kernel `" << thread.block.launch().kernel->name.c_str() << "`, block ";
+    line.index(thread.block.index()) << ", thread ";
+    line.index(thread.index) << ": " << signal_name(fault.signal) << " at address 0x";
+    line.number(reinterpret_cast<uintptr_t>(fault.address), 16) << ", instruction 0x";
+    line.number(fault.pc, 16) << ", " << why << "; the process ends\n";
+    line.write();
+    signal(fault.signal, SIG_DFL);
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, fault.signal);
+    pthread_sigmask(SIG_UNBLOCK, &set, nullptr);
+    raise(fault.signal);
+    _exit(128 + fault.signal);
+}
+
+/// Where this library's instructions are.
+struct Instructions {
+    uintptr_t begin = 0;
+    uintptr_t end = 0;
+
+    bool contains(uintptr_t pc) const { return pc >= begin && pc < end; }
+} own_instructions;
+
+/// dl_iterate_phdr callback: finds the executable segment that has the function `result->begin`.
+int find_instructions(dl_phdr_info* object, size_t, void* result) {
+    auto& found = *static_cast<Instructions*>(result);
+    for (int i = 0; i < object->dlpi_phnum; ++i) {
+        const auto& header = object->dlpi_phdr[i];
+        if (header.p_type != PT_LOAD || (header.p_flags & PF_X) == 0) continue;
+        const uintptr_t begin = object->dlpi_addr + header.p_vaddr;
+        if (found.begin < begin || found.begin >= begin + header.p_memsz) continue;
+        found = {begin, begin + header.p_memsz};
+        return 1;
+    }
+    return 0;
+}
+
+/// Tries the locks of the allocator: `fork` takes them all, and waits for ever for one that is never released.
+class LockTrial {
+  public:
+    LockTrial() {
+        sem_init(&wanted_, 0, 0);
+        sem_init(&passed_, 0, 0);
+        std::thread(&LockTrial::serve, this).detach();
+    }
+
+    /// Whether they could be had within a time that nobody holds one for. Allocates nothing.
+    bool passes() {
+        std::lock_guard one_at_a_time(mutex_);
+        sem_post(&wanted_);
+        timespec until;
+        clock_gettime(CLOCK_REALTIME, &until);
+        until.tv_sec += patience_seconds;
+        int result;
+        do result = sem_timedwait(&passed_, &until);
+        while (result != 0 && errno == EINTR);
+        return result == 0;
+    }
+
+  private:
+    static constexpr int patience_seconds = 5;
+
+    [[noreturn]] void serve() {
+        for (;;) {
+            while (sem_wait(&wanted_) != 0) {}
+            const pid_t child = fork();
+            if (child == 0) _exit(0);
+            while (child > 0 && waitpid(child, nullptr, 0) < 0 && errno == EINTR) {}
+            sem_post(&passed_);
+        }
+    }
+
+    std::mutex mutex_;
+    sem_t wanted_;
+    sem_t passed_;
+};
+
+LockTrial* lock_trial = nullptr;
 
 /// The line of an instruction of this library, asked of `addr2line` where there is one.
 std::string source_of(uintptr_t pc) {
@@ -79,7 +218,10 @@ Status explain(Thread& thread, const Fault& fault) {
 /// Where an interrupted fiber continues. Its frames are lost; it reports and never returns.
 [[noreturn]] void land(Fault* fault) {
     Thread& thread = *running_thread();
+    if (!own_instructions.contains(fault->pc) && !lock_trial->passes())
+        end_process(thread, *fault, "which has left a lock of the C library that nobody can release");
     thread.block.set_failure(explain(thread, *fault));
+    fault->under_report = 0;
     thread.fiber.suspend();
     abort();
 }
@@ -124,11 +266,16 @@ void handle(int signal, siginfo_t* info, void* raw_context) {
     sigaltstack(nullptr, &stack);
     auto* fault =
         reinterpret_cast<Fault*>(static_cast<char*>(stack.ss_sp) - offsetof(AlternateStack, memory));
-    *fault = {signal, info->si_addr, program_counter(context)};
+    const bool again = fault->under_report;
+    *fault = {signal, info->si_addr, program_counter(context), 1};
+    if (again) end_process(*thread, *fault, "while another fault was explained");
     redirect(context, thread->fiber.emergency_stack(), fault);
 }
 
 void install_handlers() {
+    own_instructions.begin = reinterpret_cast<uintptr_t>(&handle);
+    dl_iterate_phdr(find_instructions, &own_instructions);
+    lock_trial = new LockTrial; // as long-lived as its thread, which never ends
     struct sigaction action = {};
     action.sa_sigaction = handle;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;

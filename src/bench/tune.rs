@@ -161,6 +161,14 @@ impl<T: FusedElement> Plan<T> {
         }
     }
 
+    /// How a depthwise convolution is cut, which may be several ways for as many blocks.
+    fn cut(&self, candidate: &Candidate) -> Option<[u32; 2]> {
+        match self {
+            Self::Depthwise(plan) => Some(plan.shape().cut(candidate.launch)),
+            Self::Dense(_) | Self::Pointwise(_) => None,
+        }
+    }
+
     fn work(&self, candidate: &Candidate) -> Work {
         let Convolution { input, pass, .. } = candidate.convolution;
         let (output, gradient, gated) = kinds(pass);
@@ -429,14 +437,14 @@ pub fn measure<T: FusedElement>(
     for choice in possible(candidate, dtype)?.into_iter().filter(can_run) {
         plans.push((choice, Plan::new(device, &convolution, dtype, Choices::only(launch, choice))));
     }
-    // Choices that come to the same launch are one way; layouts of other ranks and other orders of the same blocks are others,
-    // whatever they take.
+    // Choices that come to the same launch are one way; layouts of other ranks, other cuts and other orders of the same blocks
+    // are others, whatever they take.
     let mut seen = Vec::new();
     plans.retain(|(choice, plan)| match plan {
         Err(_) => true,
         Ok(plan) => {
             let Work { kernel, grid, shared, .. } = plan.work(candidate);
-            let way = (kernel, grid, shared, choice.rank, plan.passes(candidate));
+            let way = (kernel, grid, shared, choice.rank, plan.passes(candidate), plan.cut(candidate));
             let new = !seen.contains(&way);
             if new {
                 seen.push(way);

@@ -74,16 +74,26 @@ impl Tiling {
         Self { channels: 4, columns: 4 }
     }
 
-    /// For so many columns of steps. A row of a strip takes about 760 instructions if it has four columns and 915 if it has
-    /// five, and a strip that is not full takes as many as one that is.
-    const fn backward(conv: &Conv, dtype: Dtype, across: usize) -> Self {
-        let columns = match (conv.kernel, conv.stride, dtype) {
-            (5, 1, _) => 3,
-            (5, 2, _) => 2,
-            (3, 1, Dtype::F16 | Dtype::Bf16) if across.div_ceil(5) * 915 < across.div_ceil(4) * 760 => 5,
-            _ => 4,
+    /// Columns that there are kernels for, backward.
+    const fn backward_columns(conv: &Conv, dtype: Dtype) -> &'static [u32] {
+        match (conv.kernel, conv.stride, dtype) {
+            (5, 1, _) => &[3],
+            (5, 2, _) => &[2],
+            (3, 1, Dtype::F16 | Dtype::Bf16) => &[4, 5],
+            _ => &[4],
+        }
+    }
+
+    /// For so many columns of steps, in strips of the columns that `choice` says. By the rule those of the fewest
+    /// instructions: a row of a strip takes about 760 if it has four columns and 915 if it has five, and a strip that is not
+    /// full takes as many as one that is.
+    fn backward(conv: &Conv, dtype: Dtype, choice: Choice, across: usize) -> Self {
+        let columns = match (choice.columns, Self::backward_columns(conv, dtype)) {
+            (Some(chosen), _) => chosen,
+            (None, [4, 5]) if across.div_ceil(5) * 915 < across.div_ceil(4) * 760 => 5,
+            (None, columns) => columns[0],
         };
-        Self { channels: 2, columns }
+        Self { channels: 2, columns: columns as usize }
     }
 
     /// Strips that a block works on at a time.
@@ -179,13 +189,16 @@ impl DepthwiseShape {
         Ok(Self { choices, ..self })
     }
 
-    /// What a tuning can choose from: how many blocks there are, so how far images are cut.
+    /// What a tuning can choose from: how many blocks there are, so how far images are cut, and where a backward has kernels
+    /// of several, the columns of a thread's strip.
     pub fn choices(&self, launch: Tuned) -> Vec<Choice> {
-        match launch {
-            Tuned::Fprop | Tuned::Backward => {
-                BLOCKS.into_iter().map(|blocks| Choice::default().blocks(blocks)).collect()
+        let cut = |choice: Choice| BLOCKS.map(|blocks| choice.blocks(blocks));
+        match (launch, Tiling::backward_columns(&self.conv, self.dtype)) {
+            (Tuned::Backward, several @ [_, _, ..]) => {
+                several.iter().flat_map(|&columns| cut(Choice::default().columns(columns))).collect()
             }
-            Tuned::Dgrad | Tuned::Wgrad => Vec::new(),
+            (Tuned::Fprop | Tuned::Backward, _) => cut(Choice::default()).to_vec(),
+            (Tuned::Dgrad | Tuned::Wgrad, _) => Vec::new(),
         }
     }
 
@@ -229,6 +242,16 @@ impl DepthwiseShape {
         };
         let cut = if self.backward_tiling().columns == 5 { "c5" } else { "" };
         self.work("backward", cut, &geometry, 2 * x + 2 * y + skip + self.conv.weights(), floats, 4)
+    }
+
+    /// What the number of its blocks does not tell of a launch: rows of a strip, and strips that a slot of a block works on one
+    /// after the other.
+    pub fn cut(&self, launch: Tuned) -> [u32; 2] {
+        let Geometry { steps, per_slot, .. } = match launch {
+            Tuned::Fprop => self.fprop_geometry(),
+            Tuned::Dgrad | Tuned::Wgrad | Tuned::Backward => self.backward_geometry(),
+        };
+        [steps, per_slot]
     }
 
     /// Floats of a [`Workspace`] that the launches need.
@@ -276,7 +299,7 @@ impl DepthwiseShape {
     }
 
     fn backward_tiling(&self) -> Tiling {
-        Tiling::backward(&self.conv, self.dtype, self.backward_steps(self.x.w))
+        Tiling::backward(&self.conv, self.dtype, self.choices.backward, self.backward_steps(self.x.w))
     }
 
     fn backward_geometry(&self) -> Geometry {

@@ -79,7 +79,7 @@ const WAYS: [(Way, &str); 7] = [
 pub struct Choice {
     /// The algorithm.
     pub way: Option<Way>,
-    /// Columns of a block's tile.
+    /// Columns of a block's tile; of a depthwise convolution, of a thread's strip.
     pub columns: Option<u32>,
     /// Blocks that the grid aims at.
     pub blocks: Option<u32>,
@@ -98,7 +98,7 @@ impl Choice {
         Self { way: Some(way), columns: None, blocks: None, rank: None }
     }
 
-    /// With tiles of so many columns.
+    /// With tiles, or strips, of so many columns.
     pub const fn columns(self, columns: u32) -> Self {
         Self { columns: Some(columns), ..self }
     }

@@ -1,6 +1,10 @@
 // Every bug of kernels/broken.cu is caught where it is marked, and its right twin is not.
 
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <cmath>
+#include <csignal>
 #include <fstream>
 
 #include "harness.hpp"
@@ -71,6 +75,42 @@ void check_caught(const std::string& name, int code, std::vector<std::string> te
     }
     effnetv2_host_set_seed(1);
 }
+
+#if defined(__GLIBC__)
+
+/// The broken kernel ends a process of its own by SIGSEGV, before a minute is over, and standard error has each
+/// text; the right one ends it well.
+void check_fatal(const std::string& name, const std::vector<std::string>& texts) {
+    for (const bool broken : {true, false}) {
+        const std::string kernel = (broken ? "broken_" : "right_") + name;
+        int ends[2];
+        CHECK_EQUAL(pipe(ends), 0);
+        const pid_t child = fork();
+        if (child == 0) {
+            alarm(60);
+            dup2(ends[1], STDERR_FILENO);
+            close(ends[0]);
+            close(ends[1]);
+            execl("/proc/self/exe", "host_tests", "--launch", kernel.c_str(), nullptr);
+            _exit(127);
+        }
+        close(ends[1]);
+        std::string said;
+        char bytes[256];
+        for (ssize_t count; (count = read(ends[0], bytes, sizeof bytes)) > 0;) said.append(bytes, size_t(count));
+        close(ends[0]);
+        int status = 0;
+        CHECK_EQUAL(waitpid(child, &status, 0), child);
+        if (broken && !(WIFSIGNALED(status) && WTERMSIG(status) == SIGSEGV))
+            fail_check(__FILE__, __LINE__, kernel + ": status " + std::to_string(status) + ", " + said);
+        if (!broken) CHECK(status == 0 && said.empty());
+        for (const std::string& text : texts)
+            if (broken && said.find(text) == std::string::npos)
+                fail_check(__FILE__, __LINE__, kernel + ": no \"" + text + "\" in \"" + said + "\"");
+    }
+}
+
+#endif
 
 /// The broken kernel leaves NaN in y, the right one does not.
 void check_poisoned(const std::string& name, Shape shape = {}) {
@@ -196,7 +236,23 @@ TEST(bugs_faults) {
     check_caught("division_by_zero", launch_failed, {"integer division by zero"});
 #endif
     check_caught("stack_overflow", launch_failed, {"stack overflow"});
+    // In the C library, which holds no lock then.
+    check_caught("far_fill", illegal_address, {"0 bytes past the end of the 4096-byte device allocation"},
+                 {1, 1024, 1024, 0});
 }
+
+#if defined(__GLIBC__)
+
+/// What is left of the process could only wait for the lock.
+TEST(bugs_faults_that_end_the_process) {
+    if (!plain) return;
+    const std::string kernel = "effnetv2 host device: kernel `broken_fault_in_";
+    const std::string where = "`, block (0,0,0), thread (0,0,0): SIGSEGV at address 0x";
+    check_fatal("fault_in_malloc", {kernel + "malloc" + where, "a lock of the C library that nobody can release"});
+    check_fatal("fault_in_explanation", {kernel + "explanation" + where, "while another fault was explained"});
+}
+
+#endif
 
 TEST(bugs_write_into_padding) {
     if (!plain) return;

@@ -4,6 +4,9 @@
 // All take (x, y, n): x and y hold n floats, the block is one of n threads unless a test says otherwise. Those of TENSOR_PAIR
 // take x by a tensor map: a matrix with rows of 16 floats, and boxes of 4 of them.
 
+#include <cstdlib>
+#include <cstring>
+
 #include "../../../include/predecessors.cuh"
 #include "../../../include/ptx.cuh"
 #include "../../../include/types.cuh"
@@ -215,6 +218,49 @@ template <bool broken> __device__ void uninitialised(const float* x, float* y, i
     __shared__ float buffer[1024];
     if (!broken || threadIdx.x != 5) buffer[threadIdx.x] = x[threadIdx.x];
     y[threadIdx.x] = buffer[threadIdx.x]; // bug: uninitialised
+}
+
+/// The C library writes where a kernel should not have sent it.
+template <bool broken> __device__ void far_fill(const float* x, float* y, int n) {
+    y[threadIdx.x] = x[threadIdx.x];
+    if (threadIdx.x == 0) memset(y, 0, size_t(n) * (broken ? 64 : 1));
+}
+
+/// A block of memory that no compiler leaves out.
+__device__ void** allocate(size_t bytes) {
+    void* volatile block = malloc(bytes);
+    return static_cast<void**>(block);
+}
+
+/// Writes into the links of a freed block, which the GNU C library follows with its lock held.
+template <bool broken> __device__ void fault_in_malloc(const float* x, float* y, int) {
+    y[threadIdx.x] = x[threadIdx.x];
+    if (threadIdx.x != 0) return;
+    constexpr size_t bytes = 16 << 10;
+    void** const block = allocate(bytes);
+    void** const neighbour = allocate(bytes);
+    void* volatile* volatile links = block;
+    free(block);
+    if (broken) links[1] = reinterpret_cast<void*>(16);
+    free(allocate(2 * bytes));
+    free(neighbour);
+}
+
+/// The same in freed blocks of every small size: whoever wants the second of one size meets an address that there
+/// is not, this kernel first, and then what explains its fault.
+template <bool broken> __device__ void fault_in_explanation(const float* x, float* y, int) {
+    y[threadIdx.x] = x[threadIdx.x];
+    if (threadIdx.x != 0) return;
+    for (size_t bytes = 24; bytes < 1024; bytes += 16) {
+        void** const first = allocate(bytes);
+        void** const second = allocate(bytes);
+        void* volatile* volatile link = first;
+        free(second);
+        free(first);
+        // A link is kept with the bits of where it stands.
+        if (broken) *link = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(link) >> 12 ^ 16);
+    }
+    for (int i = 0; i < 2 && broken; ++i) y[0] += float(allocate(24) == nullptr);
 }
 
 template <bool broken> __device__ void division_by_zero(const float* x, float* y, int n) {
@@ -655,6 +701,9 @@ PAIR(near_read)
 PAIR(shared_overflow)
 PAIR(static_overflow)
 PAIR(uninitialised)
+PAIR(far_fill)
+PAIR(fault_in_malloc)
+PAIR(fault_in_explanation)
 PAIR(division_by_zero)
 PAIR(stack_overflow)
 PAIR(trap)

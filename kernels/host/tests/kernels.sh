@@ -8,7 +8,8 @@
 # $PROPTEST_CASES (4) are the random cases of each property, $PROFILE (release) is cargo's profile, $TESTS the names of
 # the test files (those of the families of kernels), $FILTERS those of the tests (all; under ThreadSanitizer, which is slow,
 # all but the many shapes on which integers are exact), $SKIP those left out, $EFFNETV2_HOST_SEED the schedule. The
-# sanitizers see networks, too: every kind of block, and nano in each type.
+# sanitizers see networks, too: every kind of block, and nano in each type; and the exact tests of batch norm and the
+# optimizer in any case.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 
@@ -72,6 +73,8 @@ run_flavour() {
     }
     tests "${names[@]}" -- $filters
     if [[ $flavour == plain || -n ${TESTS-}${FILTERS-} ]]; then return; fi
+    # These take little time, and run kernels that nothing else here does.
+    (skip=(--skip on_a_gpu) && tests --test batch_norm_kernels --test optimizer -- exact)
     for name in "${networks[@]}"; do
         grep -q "$name" tests/network_kernels.rs || { echo "kernels.sh: there is no test $name" >&2; return 1; }
     done

@@ -536,8 +536,9 @@ fn directions_are_adjoint() {
 fn results_repeat_bit_for_bit() {
     let Some(device) = device() else { return };
     let by_warpgroups = device.has_wgmma().then_some((1, wgmma(0)));
+    let wide = Choices { fprop: Choice::by(Way::Product).columns(128), ..Choices::default() };
     for (stride, choices) in
-        [(1, Choices::default()), (2, Choices::default())].into_iter().chain(by_warpgroups)
+        [(1, Choices::default()), (2, Choices::default()), (2, wide)].into_iter().chain(by_warpgroups)
     {
         let run = |seed| {
             if let Some(control) = device.host_control() {

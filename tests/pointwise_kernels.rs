@@ -903,6 +903,10 @@ fn one_pass_is_the_reference_s() {
         let data = Data::<bf16>::random(Shape::new(n, h, w, c), outputs, 6);
         check(&device, &data, VARIANTS[1 + i % 3]);
     }
+    // Every kernel of the other type.
+    for (outputs, variant) in [(24, VARIANTS[1]), (24, VARIANTS[2]), (72, VARIANTS[1]), (72, VARIANTS[2])] {
+        check(&device, &Data::<f16>::random(Shape::new(3, 5, 7, 72), outputs, 6), variant);
+    }
 }
 
 /// Both gradients in several windows: runs of several tiles, with sums or with a skip, and of an image; the last window of fewer

@@ -8,7 +8,7 @@
 # $PROPTEST_CASES (4) are the random cases of each property, $PROFILE (release) is cargo's profile, $TESTS the names of
 # the test files (those of the families of kernels), $FILTERS those of the tests (all; under ThreadSanitizer, which is slow,
 # all but the many shapes on which integers are exact), $SKIP those left out, $EFFNETV2_HOST_SEED the schedule. The
-# sanitizers see networks, too: every kind of block, and nano in each type; and the exact tests of batch norm and the
+# sanitizers see networks, too: every kind of block, for inference as well, and nano in each type; and the exact tests of batch norm and the
 # optimizer in any case.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
@@ -16,7 +16,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 flavours=("$@")
 if ((${#flavours[@]} == 0)); then flavours=(plain address thread); fi
 PROPTEST_CASES=${PROPTEST_CASES:-4}
-networks=(each_kind_of_block a_rehearsal a_graph_computes an_overflow nano_24)
+networks=(each_kind_of_block a_rehearsal a_graph_computes an_overflow folded_inference nano_24)
 names=()
 families() { (cd tests && ls *_kernels.rs optimizer.rs device.rs | grep -vE '^(network|program|training)_'); }
 for name in ${TESTS:-$(families)}; do names+=(--test "${name%.rs}"); done

@@ -8,8 +8,8 @@
 # $PROPTEST_CASES (4) are the random cases of each property, $PROFILE (release) is cargo's profile, $TESTS the names of
 # the test files (those of the families of kernels), $FILTERS those of the tests (all; under ThreadSanitizer, which is slow,
 # all but the many shapes on which integers are exact), $SKIP those left out, $EFFNETV2_HOST_SEED the schedule. The
-# sanitizers see networks, too: every kind of block, for inference as well, and nano in each type; and the exact tests of batch norm and the
-# optimizer in any case.
+# sanitizers see networks, too: every kind of block, for inference as well, and nano in each type; and the exact tests of
+# batch norm and the optimizer in any case.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 

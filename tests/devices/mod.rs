@@ -14,6 +14,7 @@ use proptest::prelude::ProptestConfig;
 use std::env;
 use std::fs::{self, File};
 use std::io::{Write, stderr};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -113,6 +114,14 @@ pub(crate) fn cases(cases: u32) -> ProptestConfig {
         Some(_) => default,
         None => ProptestConfig { cases, ..default },
     }
+}
+
+/// The schedules on which a test looks for what the first, 0, gave: `EFFNETV2_TEST_SCHEDULES` are all of them, three where it
+/// is not set. Sanitizers get one, for to do the same again shows them no other access.
+pub(crate) fn other_schedules() -> Range<u64> {
+    let count =
+        env::var("EFFNETV2_TEST_SCHEDULES").map(|count| count.parse().expect("a number of schedules"));
+    1..count.unwrap_or(3)
 }
 
 /// Says why a test did not run.

@@ -18,7 +18,7 @@ use effnetv2::device::Device;
 use effnetv2::kernels::InputKind;
 use effnetv2::kernels::fused::{Accelerated, Convolution, ConvolutionPass, FusedElement, Planner};
 use effnetv2::kernels::pointwise::{Passes, PointwiseWork};
-use effnetv2::kernels::tuning::{Choice, Choices, Launch, Tuning, Way, key};
+use effnetv2::kernels::tuning::{Choice, Choices, Launch, Tuning, key};
 use effnetv2::model::{Architecture, Naming, initial_values};
 use effnetv2::nn::{BatchNormSpec, BlockKind, BlockSpec, Network, NetworkSpec, Role, StageSpec};
 use effnetv2::optimizer::{Rule, Scalars, Step};

@@ -294,7 +294,7 @@ fn every_kernel_is_the_reference_s() {
                 Conv3x3Shape::new(&conv, Shape::new(images.0, images.1, images.2, conv.inputs)).unwrap();
             let choose = |launch| {
                 let mut all = shape.choices(T::DTYPE, launch);
-                all.retain(|choice| choice.way != Some(Way::Wgmma) || device.has_wgmma());
+                all.retain(|choice| !choice.needs_wgmma() || device.has_wgmma());
                 all[turn % all.len()]
             };
             let (fprop, dgrad) = (choose(Launch::Fprop), choose(Launch::Dgrad));

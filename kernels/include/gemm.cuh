@@ -11,8 +11,8 @@
 //
 // A block of Tile::threads threads computes, for one range of columns, `walk.tiles` row tiles one after the other: rows
 // walk.first_row + i Tile::bm .. of A, columns walk.first_column .. + Tile::bn (rows of B), over walk.k_steps steps of
-// Tile::bk from walk.first_k on, side by side or others' between them. The steps of all tiles are one pipeline: while a tile is being stored, the next one is
-// already being fetched. Dynamic shared memory: GemmMemory<Tile, A, B>::bytes.
+// Tile::bk from walk.first_k on, side by side or others' between them. The steps of all tiles are one pipeline: while a
+// tile is being stored, the next one is already being fetched. Dynamic shared memory: GemmMemory<Tile, A, B>::bytes.
 //
 // Operands and loaders. `Major::k`: consecutive k lie side by side, memory is [rows, k]; `Major::rows`: memory is
 // [k, rows], transposed on its way to the tensor cores. So fprop is <k, k>, dgrad <k, rows> and wgrad <rows, rows>, its k
@@ -33,10 +33,10 @@
 //     void transform(float (&x)[4], const float (&second)[4], const Row&, const Columns&) const;
 //
 // row() is asked once for each row tile where r is a row of the operand, and in every step where it is a k, for a
-// WarpgroupTile, or if the loader transforms and does not keep rows; place() and columns() in every step. Everything comes by cp.async,
-// `stages - 1` steps ahead, without a register held; a loader that transforms does it in shared memory one step before
-// the product, each thread the pieces that it fetched, so that no barrier is added and a value is made once for a
-// block. What is outside stays zero: transform() never sees it. GemmMatrix below is the loader of a plain matrix.
+// WarpgroupTile, or if the loader transforms and does not keep rows; place() and columns() in every step. Everything comes
+// by cp.async, `stages - 1` steps ahead, without a register held; a loader that transforms does it in shared memory one
+// step before the product, each thread the pieces that it fetched, so that no barrier is added and a value is made once
+// for a block. What is outside stays zero: transform() never sees it. GemmMatrix below is the loader of a plain matrix.
 //
 // Where both operands are plain matrices of Major::k they may be GemmTensors instead: then one thread has TMA bring
 // their boxes, Tile::bm or Tile::bn rows of 64 bytes, swizzled so, and the others only wait. On sm_90 and later.

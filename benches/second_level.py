@@ -7,8 +7,7 @@
 Nothing here is measured. Both gradients have blocks of their own in one launch (kernels/pointwise.cu), which read g, y and
 x of the same pixels; the model says how much of the second reading the order of blocks leaves to the second level. It supposes
 that blocks start in the order of their numbers, two on each of 132 multiprocessors; that a step takes as long as its
-products, those of the weights' gradient 1.2 times as long as those of the other, and each block up to 5 % more or less;
-and that the second level keeps what was used last, of 25 or 40 MB. 1.00 is g, y and x once each. `time` is that of the
+instructions (counted: record/versions.md), and each block up to 5 % more or less; and that the second level keeps what was used last, of 25 or 40 MB. 1.00 is g, y and x once each. `time` is that of the
 launch if memory were no limit, over the other order's.
 """
 import heapq
@@ -23,8 +22,8 @@ CAPACITIES = (25e6, 40e6)
 # What is kept or not: 32 pixels by 64 channels, of g and y 8 KB together.
 ROWS, CHANNELS = 32, 64
 PAIR, SINGLE = 2 * ROWS * CHANNELS * 2, ROWS * CHANNELS * 2
-# Tiles of the gradient of the weights, outputs by inputs, and of that of the input, pixels.
-TILE_OUTPUTS, TILE_INPUTS, TILE_PIXELS = 64, 128, 128
+# Outputs of a tile of the gradient of the weights.
+TILE_OUTPUTS = 64
 # As in src/kernels/pointwise.rs.
 RUN_STEPS, TOGETHER, LEAST_WINDOWS, MOST_RUNS, LEAST_STEPS = 16, 132, 3, 512, 8
 
@@ -35,13 +34,44 @@ def ceil_div(a, b):
 
 @dataclass
 class Layer:
-    """Of `images` images of `pixels` pixels; `columns` inputs to a tile of the gradient of the input."""
+    """Of `images` images of `pixels` pixels."""
     images: int
     pixels: int
     inputs: int
     outputs: int
     gated: bool = False
-    columns: int = 128
+
+    @property
+    def in_pairs(self):
+        """Whether tiles of 256 inputs are no more products than those of 128."""
+        return ceil_div(self.inputs, 128) == 2 * ceil_div(self.inputs, 256)
+
+    @property
+    def tile_pixels(self):
+        """Pixels of a tile of the gradient of the input."""
+        return 64 if self.gated or self.in_pairs else 128
+
+    @property
+    def columns(self):
+        """Inputs of a tile of the gradient of the input."""
+        if self.gated:
+            return 128
+        return 256 if self.in_pairs else 128 if self.inputs > 64 else 64
+
+    @property
+    def tile_inputs(self):
+        """Inputs of a tile of the gradient of the weights."""
+        return 256 if self.in_pairs else 128
+
+    @property
+    def blocks(self):
+        """What the gradient of the weights aims at."""
+        return LEAST_WINDOWS * TOGETHER if self.in_pairs else 4 * TOGETHER
+
+    @property
+    def pace(self):
+        """Instructions of the weights' gradient over those of the other, for as many products."""
+        return 0.9 if self.in_pairs and not self.gated else 1.3
 
     @property
     def rows(self):
@@ -53,7 +83,7 @@ class Layer:
 
     @property
     def weight_tiles(self):
-        return ceil_div(self.outputs, TILE_OUTPUTS) * ceil_div(self.inputs, TILE_INPUTS)
+        return ceil_div(self.outputs, TILE_OUTPUTS) * ceil_div(self.inputs, self.tile_inputs)
 
     @property
     def operands(self):
@@ -70,13 +100,14 @@ class Layer:
         """First pixel and number of each tile of a run of the input's gradient: an image, or tiles one after the other."""
         if self.gated:
             first = run * self.pixels
-            return [(first + i, min(TILE_PIXELS, self.pixels - i)) for i in range(0, self.pixels, TILE_PIXELS)]
-        return [(i * TILE_PIXELS, TILE_PIXELS) for i in units]
+            each = self.tile_pixels
+            return [(first + i, min(each, self.pixels - i)) for i in range(0, self.pixels, each)]
+        return [(i * self.tile_pixels, self.tile_pixels) for i in units]
 
     def input_block(self, tiles, group):
         """The steps of a block of the input's gradient: role, duration, and what it touches, (key, bytes, is read)."""
-        share = self.columns / TILE_PIXELS
-        duration = 4.0 * share * (1.0 if self.columns == 128 else 1.15)
+        share = self.columns * self.tile_pixels / (128 * 128)
+        duration = 4.0 * share * (1.15 if self.columns == 64 else 1.0)
         columns = range(group * self.columns // CHANNELS, (group + 1) * self.columns // CHANNELS)
         columns = [c for c in columns if c * CHANNELS < self.inputs]
         for first, count in tiles:
@@ -89,37 +120,38 @@ class Layer:
             yield "input", share, touched + [(("dx", *place), SINGLE, False) for place in places]
 
     def weight_block(self, tile, steps):
-        across = ceil_div(self.inputs, TILE_INPUTS)
+        across = ceil_div(self.inputs, self.tile_inputs)
         down, right = divmod(tile, across)
-        columns = [c for c in (2 * right, 2 * right + 1) if c * CHANNELS < self.inputs]
+        wide = self.tile_inputs // CHANNELS
+        columns = [c for c in range(wide * right, wide * (right + 1)) if c * CHANNELS < self.inputs]
         for s in steps:
             inside = s * ROWS < self.rows
             touched = [(("pair", s, down), PAIR, True)] + [(("x", s, c), SINGLE, True) for c in columns]
-            yield "weights", 1.2, touched if inside else []
+            yield "weights", self.pace * self.tile_inputs / 128, touched if inside else []
 
-    def one_after_the_other(self, blocks=528):
+    def one_after_the_other(self, blocks=None):
         """The order of two passes."""
-        splits, steps = self.splits(blocks)
+        splits, steps = self.splits(blocks or self.blocks)
         for split in range(splits):
             for tile in range(self.weight_tiles):
                 yield self.weight_block(tile, range(split * steps, (split + 1) * steps))
-        units = self.images if self.gated else ceil_div(self.rows, TILE_PIXELS)
+        units = self.images if self.gated else ceil_div(self.rows, self.tile_pixels)
         each = 1 if self.gated else ceil_div(units, min(MOST_RUNS, 2048 // self.groups))
         for run in range(ceil_div(units, each)):
             own = self.tiles(run, range(run * each, min(units, (run + 1) * each)))
             for group in range(self.groups):
                 yield self.input_block(own, group)
 
-    def in_windows(self, blocks=528):
+    def in_windows(self, blocks=None):
         """The order of windows."""
-        splits, _ = self.splits(blocks)
+        splits, _ = self.splits(blocks or self.blocks)
         together = ceil_div(2 * TOGETHER - self.weight_tiles, 2 * self.weight_tiles)
         together = min(max(1, together), max(1, splits // LEAST_WINDOWS))
-        units = self.images if self.gated else ceil_div(self.rows, TILE_PIXELS)
+        units = self.images if self.gated else ceil_div(self.rows, self.tile_pixels)
         each = 1 if self.gated else ceil_div(RUN_STEPS, ceil_div(self.outputs, 32))
         runs = ceil_div(units, each)
         of_window = ceil_div(runs, splits // together)
-        pixels = self.pixels if self.gated else TILE_PIXELS * each
+        pixels = self.pixels if self.gated else self.tile_pixels * each
         steps = ceil_div(of_window * pixels, together * ROWS)
         for first_run in range(0, runs, of_window):
             first = first_run // of_window * steps * together
@@ -175,11 +207,11 @@ LAYERS = {
     "160→960 @19": Layer(256, 19 * 19, 160, 960),
     "128→768 @19": Layer(256, 19 * 19, 128, 768),
     "128→512 @19": Layer(256, 19 * 19, 128, 512),
-    "64→256 @38": Layer(256, 38 * 38, 64, 256, columns=64),
+    "64→256 @38": Layer(256, 38 * 38, 64, 256),
     "256→1536 @10": Layer(256, 10 * 10, 256, 1536),
-    "512→128 @19, gated": Layer(256, 19 * 19, 512, 128, gated=True, columns=64),
-    "960→160 @19, gated": Layer(256, 19 * 19, 960, 160, gated=True, columns=64),
-    "1536→256 @10, gated": Layer(256, 10 * 10, 1536, 256, gated=True, columns=64),
+    "512→128 @19, gated": Layer(256, 19 * 19, 512, 128, gated=True),
+    "960→160 @19, gated": Layer(256, 19 * 19, 960, 160, gated=True),
+    "1536→256 @10, gated": Layer(256, 10 * 10, 1536, 256, gated=True),
     "304→1824 @12, M": Layer(128, 12 * 12, 304, 1824),
     "512→3072 @12, M": Layer(128, 12 * 12, 512, 3072),
 }

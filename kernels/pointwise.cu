@@ -39,11 +39,12 @@ constexpr unsigned threads = 256;
 
 template <class T> using Wide = GemmTile<T, 128, 128, 2, 4, 3>;
 template <class T> using Narrow = GemmTile<T, 128, 64, 4, 2, 3>;
-template <class T> using Weights = GemmTile<T, 64, 128, 2, 4, 3>;
+template <class T> using Low = GemmTile<T, 64, 128, 2, 4, 3>;
+template <class T> using Broad = GemmTile<T, 64, 256, 1, 8, 3>;
 template <class T> using Wgmma128 = WarpgroupTile<T, 128, 128, 8, 3>;
 template <class T> using Wgmma64 = WarpgroupTile<T, 128, 64, 8, 3>;
 template <class T> using NarrowTf32 = GemmTile<T, 128, 64, 4, 2, 3, true>;
-template <class T> using WeightsTf32 = GemmTile<T, 64, 128, 2, 4, 3, true>;
+template <class T> using LowTf32 = GemmTile<T, 64, 128, 2, 4, 3, true>;
 
 /// `x` [pixels, inputs] and `weight` [outputs, inputs] as their loaders have them.
 template <class Tile, class X, class Weight, class T>
@@ -231,31 +232,36 @@ __device__ __forceinline__ void classifier_bias(const T* dlogits, T* padded, flo
     }                                                                                                        \
     EFFNETV2_KERNEL(pointwise_classifier_bias_##suffix)
 
-#define EFFNETV2_POINTWISE(suffix, T, Narrow, Weights)                                                       \
+#define EFFNETV2_POINTWISE(suffix, T, Narrow, Gated, Low)                                                    \
     EFFNETV2_POINTWISE_FPROP(narrow_##suffix, T, Narrow, 2)                                                  \
     EFFNETV2_POINTWISE_DGRAD(narrow_##suffix, T, Narrow, 2)                                                  \
-    EFFNETV2_POINTWISE_GATED(suffix, T, Narrow, 2)                                                           \
-    EFFNETV2_POINTWISE_WGRAD(suffix, T, Weights, 2)                                                          \
-    EFFNETV2_POINTWISE_BACKWARD(narrow_##suffix, T, Narrow, Weights, false)                                  \
-    EFFNETV2_POINTWISE_BACKWARD(gated_##suffix, T, Narrow, Weights, true)
+    EFFNETV2_POINTWISE_GATED(suffix, T, Gated, 2)                                                            \
+    EFFNETV2_POINTWISE_WGRAD(low_##suffix, T, Low, 2)                                                        \
+    EFFNETV2_POINTWISE_BACKWARD(narrow_##suffix, T, Narrow, Low, false)                                      \
+    EFFNETV2_POINTWISE_BACKWARD(gated_##suffix, T, Gated, Low, true)
 
 #define EFFNETV2_POINTWISE_WIDE(suffix, T)                                                                   \
     EFFNETV2_POINTWISE_FPROP(wide_##suffix, T, Wide, 2)                                                      \
     EFFNETV2_POINTWISE_DGRAD(wide_##suffix, T, Wide, 2)                                                      \
-    EFFNETV2_POINTWISE_BACKWARD(wide_##suffix, T, Wide, Weights, false)
+    EFFNETV2_POINTWISE_BACKWARD(wide_##suffix, T, Wide, Low, false)                                          \
+    EFFNETV2_POINTWISE_FPROP(broad_##suffix, T, Broad, 2)                                                    \
+    EFFNETV2_POINTWISE_DGRAD(broad_##suffix, T, Broad, 2)                                                    \
+    EFFNETV2_POINTWISE_WGRAD(broad_##suffix, T, Broad, 2)                                                    \
+    EFFNETV2_POINTWISE_BACKWARD(broad_##suffix, T, Broad, Broad, false)                                      \
+    EFFNETV2_POINTWISE_BACKWARD(gated_broad_##suffix, T, Low, Broad, true)
 
 #define EFFNETV2_POINTWISE_WGMMA(suffix, T)                                                                  \
     EFFNETV2_POINTWISE_FPROP(wgmma64_##suffix, T, Wgmma64, 2)                                                \
     EFFNETV2_POINTWISE_DGRAD(wgmma64_##suffix, T, Wgmma64, 2)                                                \
-    EFFNETV2_POINTWISE_BACKWARD(wgmma64_##suffix, T, Wgmma64, Weights, false)                                \
+    EFFNETV2_POINTWISE_BACKWARD(wgmma64_##suffix, T, Wgmma64, Low, false)                                \
     EFFNETV2_POINTWISE_FPROP(wgmma128_##suffix, T, Wgmma128, 2)                                              \
     EFFNETV2_POINTWISE_TMA(tma64_##suffix, T, Wgmma64)                                                       \
     EFFNETV2_POINTWISE_TMA(tma128_##suffix, T, Wgmma128)
 
-EFFNETV2_POINTWISE(f32, float, Narrow, Weights)
-EFFNETV2_POINTWISE(tf32, float, NarrowTf32, WeightsTf32)
-EFFNETV2_POINTWISE(f16, f16, Narrow, Weights)
-EFFNETV2_POINTWISE(bf16, bf16, Narrow, Weights)
+EFFNETV2_POINTWISE(f32, float, Narrow, Narrow, Low)
+EFFNETV2_POINTWISE(tf32, float, NarrowTf32, NarrowTf32, LowTf32)
+EFFNETV2_POINTWISE(f16, f16, Narrow, Low, Low)
+EFFNETV2_POINTWISE(bf16, bf16, Narrow, Low, Low)
 EFFNETV2_POINTWISE_WIDE(f16, f16)
 EFFNETV2_POINTWISE_WIDE(bf16, bf16)
 EFFNETV2_POINTWISE_WGMMA(f16, f16)

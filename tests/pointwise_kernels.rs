@@ -637,33 +637,60 @@ fn awkward_shapes_are_the_reference_s() {
     }
 }
 
-/// Enough blocks for the wide tile in both directions, and pixels in more than 16 splits.
+/// Enough blocks for wide tiles in both directions and broad ones of an output, and pixels in more than 16 splits.
 const WIDE: (Shape, usize) = (Shape::new(2, 60, 71, 136), 136);
 
 #[test]
-fn wide_tiles_are_taken_where_there_are_blocks() {
-    let (shape, outputs) = WIDE;
+fn larger_tiles_are_taken_where_there_are_blocks() {
+    let (shape, outputs) = (Shape { n: 4, ..WIDE.0 }, WIDE.1);
     let work = PointwiseWork::new(shape, outputs, Dtype::F16).unwrap();
-    assert!(work.fprop(InputKind::Silu, OutputKind::Moments).kernel.contains("wide"));
-    assert!(work.dgrad(GradientKind::Silu).kernel.contains("wide"));
+    let (plain, moments) = (GradientKind::Plain { skip: false }, OutputKind::Moments);
+    assert_eq!(work.fprop(InputKind::Plain, moments).kernel, "pointwise_fprop_wide_f16");
+    // Where rows owe something, what they owe is paid once for 256 columns.
+    assert_eq!(work.fprop(InputKind::Silu, moments).kernel, "pointwise_fprop_broad_f16");
+    assert_eq!(work.dgrad(GradientKind::Silu).kernel, "pointwise_dgrad_broad_f16");
+    assert_eq!(work.wgrad(InputKind::Plain).kernel, "pointwise_wgrad_broad_f16");
+    let two = |output| work.backward_in(Passes::Two, InputKind::Plain, output).unwrap().kernel;
+    assert_eq!(two(plain), "pointwise_backward_broad_f16");
+    assert_eq!(two(GradientKind::Gated), "pointwise_backward_gated_broad_f16");
+    // Of three groups of 128 two of 256 would be more products.
+    let odd = PointwiseWork::new(shape.with_channels(304), 304, Dtype::F16).unwrap();
+    assert_eq!(odd.fprop(InputKind::Silu, moments).kernel, "pointwise_fprop_wide_f16");
+    assert_eq!(odd.dgrad(plain).kernel, "pointwise_dgrad_wide_f16");
+    assert_eq!(odd.wgrad(InputKind::Plain).kernel, "pointwise_wgrad_low_f16");
+    // Without enough blocks, and in f32.
+    let few = PointwiseWork::new(Shape::new(1, 8, 8, 136), 136, Dtype::F16).unwrap();
+    let single = PointwiseWork::new(shape, outputs, Dtype::F32).unwrap();
+    for work in [few, single] {
+        for kernel in [work.fprop(InputKind::Silu, moments).kernel, work.dgrad(plain).kernel] {
+            assert!(kernel.contains("narrow"), "{kernel}");
+        }
+        assert!(work.wgrad(InputKind::Plain).kernel.contains("low"));
+    }
 }
 
 /// Where they are chosen, few pixels do for several tiles, groups and splits, the last of each begun.
 #[test]
-fn wide_tiles_are_the_reference_s() {
-    fn check_wide<T: Sample>(device: &Device, variant: Variant) {
-        let wide = |choice: Choice| choice.columns(128).blocks(528);
-        let (fprop, backward) = (wide(Choice::default()), wide(Choice::by(Way::TwoPasses)));
+fn larger_tiles_are_the_reference_s() {
+    fn check_larger<T: Sample>(device: &Device, columns: u32, variant: Variant) {
+        let larger = |choice: Choice| choice.columns(columns).blocks(528);
+        let (fprop, backward) = (larger(Choice::default()), larger(Choice::by(Way::TwoPasses)));
         let choices = Choices { fprop, backward, ..Choices::default() };
         let (shape, outputs) = (Shape::new(2, 19, 23, 136), 136);
         let work = PointwiseWork::new(shape, outputs, T::DTYPE).unwrap().with(choices).unwrap();
-        assert!(work.fprop(variant.input, variant.output).kernel.contains("wide"));
-        assert!(work.dgrad(variant.gradient).kernel.contains("wide"));
+        let name = if columns == 128 { "wide" } else { "broad" };
+        assert!(work.fprop(variant.input, variant.output).kernel.contains(name));
+        let gated = variant.gradient == GradientKind::Gated;
+        assert_eq!(work.dgrad(variant.gradient).kernel.contains(name), !gated);
         check(device, &Data::<T> { choices, ..Data::random(shape, outputs, 3) }, variant);
     }
     let Some(device) = device() else { return };
-    check_wide::<f16>(&device, VARIANTS[2]);
-    check_wide::<bf16>(&device, VARIANTS[3]);
+    check_larger::<f16>(&device, 128, VARIANTS[2]);
+    check_larger::<bf16>(&device, 128, VARIANTS[3]);
+    check_larger::<bf16>(&device, 256, VARIANTS[2]);
+    check_larger::<f16>(&device, 256, VARIANTS[3]);
+    check_larger::<f16>(&device, 256, VARIANTS[1]);
+    check_larger::<bf16>(&device, 256, VARIANTS[1]);
 }
 
 /// Every sum is of few small integers: f32 holds it, and the result is it, rounded to T.
@@ -970,6 +997,14 @@ fn windows_are_the_reference_s() {
     {
         check(&device, &Data::<bf16>::random(shape, outputs, 7), variant);
     }
+    // In tiles of 256 columns.
+    let choices = Choices::only(Launch::Backward, Choice::by(Way::Interleaved).columns(256).blocks(264));
+    for variant in [VARIANTS[1], VARIANTS[2]] {
+        let (shape, outputs) = (Shape::new(3, 13, 18, 136), 72);
+        let work = PointwiseWork::new(shape, outputs, Dtype::Bf16).unwrap().with(choices).unwrap();
+        assert_eq!(work.passes(variant.input, variant.gradient), Passes::Interleaved);
+        check(&device, &Data::<bf16> { choices, ..Data::random(shape, outputs, 7) }, variant);
+    }
 }
 
 /// Where operands are more than a cache holds, or where they are chosen; with no more bytes than two passes ask for.
@@ -1249,12 +1284,12 @@ fn work_is_described_without_a_device() {
     let partial = 2 * 8 * 241 * 960;
     assert_eq!(fprop.cost.bytes, 2 * (pixels * (160 + 960) + 160 * 960) + partial);
     let dgrad = work.dgrad(GradientKind::Plain { skip: false });
-    assert_eq!(dgrad.kernel, "pointwise_dgrad_wide_bf16");
+    assert_eq!(dgrad.kernel, "pointwise_dgrad_broad_bf16");
     assert_eq!(dgrad.cost.bytes, 2 * (pixels * (160 + 2 * 960) + 160 * 960) + 12 * 960);
     let wgrad = work.wgrad(InputKind::Plain);
-    // 15 x 2 tiles, 2888 steps of 32 pixels in 17 splits at most.
-    assert_eq!(wgrad.grid, [17 * 30, 1, 1]);
-    let partial = 8 * 17 * 30 * 64 * 128;
+    // 15 tiles of 256 inputs, 2888 steps of 32 pixels in 26 splits at most.
+    assert_eq!(wgrad.grid, [26 * 15, 1, 1]);
+    let partial = 8 * 26 * 15 * 64 * 256;
     assert_eq!(wgrad.cost.bytes, 2 * pixels * (160 + 2 * 960) + 12 * 960 + 8 * 160 * 960 + partial);
     let gated = PointwiseWork::new(x.with_channels(960), 160, Dtype::F32).unwrap().dgrad(GradientKind::Gated);
     assert_eq!((gated.kernel.as_str(), gated.grid), ("pointwise_dgrad_gated_f32", [256 * 15, 1, 1]));

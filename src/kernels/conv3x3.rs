@@ -416,7 +416,7 @@ impl Conv3x3Shape {
     fn weight_grid(&self) -> WeightGrid {
         let step = step_elements(Dtype::F32.bytes());
         let blocks = self.choices.wgrad.blocks.unwrap_or(WEIGHT_BLOCKS);
-        WeightGrid::aiming(blocks, self.geometry.pixels, self.y.c as u32, self.columns(), step)
+        WeightGrid::aiming(blocks, self.geometry.pixels, [self.y.c as u32, self.columns()], &Tile::LOW, step)
     }
 
     /// Of the same in f16 and bf16.
@@ -535,8 +535,8 @@ impl Conv3x3Shape {
             return vec![Work {
                 kernel: format!("conv3x3_wgrad_{dtype}"),
                 grid: [grid.blocks(), 1, 1],
-                shared: Tile::WEIGHTS.shared(2),
-                cost: self.cost(read + 4 * grid.partial() + dweight),
+                shared: Tile::LOW.shared(2),
+                cost: self.cost(read + 4 * grid.partial(&Tile::LOW) + dweight),
             }];
         }
         let strips = self.strips();
@@ -560,7 +560,7 @@ impl Conv3x3Shape {
     /// Floats that the launches need in a [`Workspace`].
     pub fn workspace_floats(&self, dtype: Dtype) -> usize {
         let of_weights = if dtype.storage() == Dtype::F32 {
-            self.weight_grid().partial()
+            self.weight_grid().partial(&Tile::LOW)
         } else {
             self.strips().partial()
         };
@@ -774,7 +774,7 @@ impl<T: RawElement> Conv3x3<T> {
         let shapes = format_args!("{} to {}", shape.x, shape.y);
         let [work, sum] = works.as_slice() else {
             let (work, grid, outputs) = (&works[0], shape.weight_grid(), shape.y.c as u32);
-            workspace.check(OPERATION, grid.partial(), grid.counters())?;
+            workspace.check(OPERATION, grid.partial(&Tile::LOW), grid.counters())?;
             let mut partial = workspace.partial.as_view_mut();
             let mut counters = workspace.counters.as_view_mut();
             let mut launch = self.wgrad.on(stream);

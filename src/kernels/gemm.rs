@@ -34,9 +34,12 @@ impl Tile {
     /// 128 × 64.
     pub(super) const NARROW: Self =
         Self { name: "narrow", rows: 128, columns: 64, warp_rows: 4, threads: THREADS, by_tensors: false };
-    /// 64 × 128, for weights' gradients.
-    pub(super) const WEIGHTS: Self =
-        Self { name: "", rows: 64, columns: 128, warp_rows: 2, threads: THREADS, by_tensors: false };
+    /// 64 × 128.
+    pub(super) const LOW: Self =
+        Self { name: "low", rows: 64, columns: 128, warp_rows: 2, threads: THREADS, by_tensors: false };
+    /// 64 × 256, for f16 and bf16.
+    pub(super) const BROAD: Self =
+        Self { name: "broad", rows: 64, columns: 256, warp_rows: 1, threads: THREADS, by_tensors: false };
 
     /// `WarpgroupTile`: 128 × 128 by wgmma.
     pub(super) const WGMMA128: Self =
@@ -52,7 +55,7 @@ impl Tile {
 
     /// That of fprop and dgrad with so many columns.
     pub(super) fn with_columns(columns: u32) -> Option<&'static Self> {
-        [&Self::NARROW, &Self::WIDE].into_iter().find(|tile| tile.columns == columns)
+        [&Self::NARROW, &Self::WIDE, &Self::BROAD].into_iter().find(|tile| tile.columns == columns)
     }
 
     /// The same by wgmma.
@@ -63,6 +66,11 @@ impl Tile {
     /// The same by wgmma and TMA.
     pub(super) fn by_tma(columns: u32) -> Option<&'static Self> {
         [&Self::TMA64, &Self::TMA128].into_iter().find(|tile| tile.columns == columns)
+    }
+
+    /// Tiles of so many columns next to each other.
+    pub(super) const fn groups(&self, columns: u32) -> u32 {
+        columns.div_ceil(self.columns)
     }
 
     /// Bytes of `GemmMemory` where A's values are made of `sources` tensors, and B's of one.
@@ -260,10 +268,16 @@ const WEIGHT_STEPS: u32 = 8;
 const RADIX: u32 = 16;
 
 impl WeightGrid {
-    /// For dW \[height, width\] summed over `pixels`, `step` of which make a step, in about so many blocks.
-    pub(super) fn aiming(blocks: u32, pixels: u32, height: u32, width: u32, step: u32) -> Self {
-        let (row_tiles, column_tiles) =
-            (height.div_ceil(Tile::WEIGHTS.rows), width.div_ceil(Tile::WEIGHTS.columns));
+    /// For dW \[height, width\] in tiles of `tile`, summed over `pixels`, `step` of which make a step, in about so many
+    /// blocks.
+    pub(super) fn aiming(
+        blocks: u32,
+        pixels: u32,
+        [height, width]: [u32; 2],
+        tile: &Tile,
+        step: u32,
+    ) -> Self {
+        let (row_tiles, column_tiles) = (height.div_ceil(tile.rows), tile.groups(width));
         let all = pixels.div_ceil(step);
         let steps = all.div_ceil((blocks / (row_tiles * column_tiles)).max(1)).max(WEIGHT_STEPS);
         Self { steps, splits: all.div_ceil(steps), row_tiles, column_tiles }
@@ -292,10 +306,9 @@ impl WeightGrid {
         self.splits * self.tiles()
     }
 
-    /// Floats of partial tiles.
-    pub(super) const fn partial(&self) -> usize {
-        let tile = (Tile::WEIGHTS.rows * Tile::WEIGHTS.columns) as usize;
-        if self.splits == 1 { 0 } else { self.blocks() as usize * tile }
+    /// Floats of partial tiles, which are those of `tile`.
+    pub(super) const fn partial(&self, tile: &Tile) -> usize {
+        if self.splits == 1 { 0 } else { (self.blocks() * tile.rows * tile.columns) as usize }
     }
 
     pub(super) const fn counters(&self) -> usize {
@@ -371,7 +384,7 @@ mod tests {
     fn runs_cover_all_rows_and_none_is_empty() {
         for rows in (1..3000).chain([65_535, 65_536, 65_537, 1_440_000, 1 << 30]) {
             for columns in [8, 64, 72, 128, 136, 960, 3840] {
-                for tile in [Tile::WIDE, Tile::NARROW] {
+                for tile in [Tile::WIDE, Tile::NARROW, Tile::BROAD] {
                     let Grid { tiles, runs, groups } = Grid::new(rows, columns, &tile);
                     assert!((1..=512).contains(&runs), "{rows}");
                     let run = u64::from(tiles * tile.rows);

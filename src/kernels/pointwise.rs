@@ -4,11 +4,12 @@
 //! What a tensor still owes is paid while it is read ([`Input`], [`GradientView`]), and what batch norm needs of a tensor
 //! is taken while it is written ([`Output`], [`GradientOutput`]).
 //!
-//! Tiles. A block computes 128 rows (pixels) and 128 or 64 columns (channels) at a time. f32 and tf32 have 64 columns; so have f16
-//! and bf16 where there are no more, or where 128 would leave fewer than 132 blocks for the GPU. Otherwise 128: the rows
-//! are then read, and what they owe is computed, half as often. Weight gradients are computed in tiles of 64 outputs × 128
-//! inputs, the pixels being cut so that there are about 528 blocks. All of it follows from the shape, so results are the
-//! same on every GPU, unless a [tuning](super::tuning) chooses otherwise.
+//! Tiles. A block computes 128 rows (pixels) and 128 or 64 columns (channels) at a time, or 64 rows and 256 columns. f32 and tf32
+//! have 64 columns; so have f16 and bf16 where there are no more, or where 128 would leave fewer than 132 blocks for the
+//! GPU. Otherwise 128: the rows are then read, and what they owe is computed, half as often. Where rows owe something and
+//! 256 columns are no more products than twice 128, it is 256, for the same reason. Weight gradients are computed in tiles of 64 outputs × 128
+//! inputs, or 256 by the same rule, the pixels being cut so that there are about 528 blocks, or 396 of the larger ones. All of
+//! it follows from the shape, so results are the same on every GPU, unless a [tuning](super::tuning) chooses otherwise.
 //!
 //! Both gradients come of one launch. It reads what they are made of once ([`Passes::One`], `pointwise_one_pass`) where
 //! channels are few enough and that moves clearly fewer bytes, partial results and what column groups read again included.
@@ -59,6 +60,8 @@ pub const FAMILY: Family = Family {
         entry("pointwise_fprop_narrow_bf16", FPROP),
         entry("pointwise_fprop_wide_f16", FPROP),
         entry("pointwise_fprop_wide_bf16", FPROP),
+        entry("pointwise_fprop_broad_f16", FPROP),
+        entry("pointwise_fprop_broad_bf16", FPROP),
         entry("pointwise_fprop_wgmma64_f16", FPROP),
         entry("pointwise_fprop_wgmma64_bf16", FPROP),
         entry("pointwise_fprop_wgmma128_f16", FPROP),
@@ -73,28 +76,36 @@ pub const FAMILY: Family = Family {
         entry("pointwise_dgrad_narrow_bf16", DGRAD),
         entry("pointwise_dgrad_wide_f16", DGRAD),
         entry("pointwise_dgrad_wide_bf16", DGRAD),
+        entry("pointwise_dgrad_broad_f16", DGRAD),
+        entry("pointwise_dgrad_broad_bf16", DGRAD),
         entry("pointwise_dgrad_wgmma64_f16", DGRAD),
         entry("pointwise_dgrad_wgmma64_bf16", DGRAD),
         entry("pointwise_dgrad_gated_f32", GATED),
         entry("pointwise_dgrad_gated_tf32", GATED),
         entry("pointwise_dgrad_gated_f16", GATED),
         entry("pointwise_dgrad_gated_bf16", GATED),
-        entry("pointwise_wgrad_f32", WGRAD),
-        entry("pointwise_wgrad_tf32", WGRAD),
-        entry("pointwise_wgrad_f16", WGRAD),
-        entry("pointwise_wgrad_bf16", WGRAD),
+        entry("pointwise_wgrad_low_f32", WGRAD),
+        entry("pointwise_wgrad_low_tf32", WGRAD),
+        entry("pointwise_wgrad_low_f16", WGRAD),
+        entry("pointwise_wgrad_low_bf16", WGRAD),
+        entry("pointwise_wgrad_broad_f16", WGRAD),
+        entry("pointwise_wgrad_broad_bf16", WGRAD),
         entry("pointwise_backward_narrow_f32", BACKWARD),
         entry("pointwise_backward_narrow_tf32", BACKWARD),
         entry("pointwise_backward_narrow_f16", BACKWARD),
         entry("pointwise_backward_narrow_bf16", BACKWARD),
         entry("pointwise_backward_wide_f16", BACKWARD),
         entry("pointwise_backward_wide_bf16", BACKWARD),
+        entry("pointwise_backward_broad_f16", BACKWARD),
+        entry("pointwise_backward_broad_bf16", BACKWARD),
         entry("pointwise_backward_wgmma64_f16", BACKWARD),
         entry("pointwise_backward_wgmma64_bf16", BACKWARD),
         entry("pointwise_backward_gated_f32", BACKWARD),
         entry("pointwise_backward_gated_tf32", BACKWARD),
         entry("pointwise_backward_gated_f16", BACKWARD),
         entry("pointwise_backward_gated_bf16", BACKWARD),
+        entry("pointwise_backward_gated_broad_f16", BACKWARD),
+        entry("pointwise_backward_gated_broad_bf16", BACKWARD),
         entry("pointwise_classifier_bias_f32", BIAS),
         entry("pointwise_classifier_bias_f16", BIAS),
         entry("pointwise_classifier_bias_bf16", BIAS),
@@ -110,6 +121,8 @@ const BIAS_COLUMNS: u32 = 32;
 /// Blocks of the weights' gradient that go through a window together: half of two on each of 132 multiprocessors, since both
 /// gradients are as many products.
 const TOGETHER: u32 = 132;
+/// Blocks that a weight gradient in tiles of 256 inputs aims at unless a tuning says otherwise: three windows' blocks.
+const BROAD_WEIGHT_BLOCKS: u32 = LEAST_WINDOWS * TOGETHER;
 /// Bytes that the second level of an H100 or H200 holds.
 const CACHE: u64 = 50 << 20;
 /// Windows at least, of as many splits.
@@ -208,14 +221,16 @@ impl PointwiseWork {
     /// may be multiplied by wgmma, by blocks of each gradient, on a device that has it; and TMA may bring what fprop multiplies,
     /// where the input is as it lies.
     pub fn choices(&self, launch: Launch) -> Vec<Choice> {
-        let columns = |channels: usize| match self.dtype {
-            Dtype::F16 | Dtype::Bf16 if channels > Tile::NARROW.columns as usize => vec![64, 128],
-            _ => vec![64],
-        };
         let each = |way: Option<Way>, channels: usize, blocks: &[u32]| {
+            let by_warpgroups = matches!(way, Some(Way::Wgmma | Way::Tma));
+            let all = [64, 128, 256].into_iter().filter(move |&columns| match columns {
+                64 => true,
+                256 if by_warpgroups => false,
+                _ => self.dtype.bytes() == 2 && 2 * channels > columns as usize,
+            });
             let one = |columns, blocks| Choice { way, ..Choice::default() }.columns(columns).blocks(blocks);
             let cut = |columns| blocks.iter().map(move |&blocks| one(columns, blocks));
-            columns(channels).into_iter().flat_map(cut).collect::<Vec<_>>()
+            all.flat_map(cut).collect::<Vec<_>>()
         };
         match launch {
             Launch::Fprop => {
@@ -247,8 +262,8 @@ impl PointwiseWork {
         }
     }
 
-    /// The tile for `columns` channels.
-    fn tile(&self, columns: usize, choice: Choice) -> &'static Tile {
+    /// The tile for `columns` channels; whether the rows owe what is paid for each tile anew.
+    fn tile(&self, columns: usize, owing: bool, choice: Choice) -> &'static Tile {
         let chosen = match choice.way {
             Some(Way::Wgmma) => choice.columns.and_then(Tile::by_wgmma),
             Some(Way::Tma) => choice.columns.and_then(Tile::by_tma),
@@ -257,13 +272,19 @@ impl PointwiseWork {
         if let Some(chosen) = chosen {
             return chosen;
         }
-        let wide = Grid::new(self.rows(), columns as u32, &Tile::WIDE);
-        let blocks = self.rows().div_ceil(Tile::WIDE.rows) * wide.groups;
-        if self.dtype.bytes() == 2 && columns as u32 > Tile::NARROW.columns && blocks >= BUSY {
+        let columns = columns as u32;
+        if owing && self.fills(&Tile::BROAD, columns) && in_pairs(columns) {
+            &Tile::BROAD
+        } else if columns > Tile::NARROW.columns && self.fills(&Tile::WIDE, columns) {
             &Tile::WIDE
         } else {
             &Tile::NARROW
         }
+    }
+
+    /// Whether a tile of elements of 16 bits makes enough blocks.
+    fn fills(&self, tile: &Tile, columns: u32) -> bool {
+        self.dtype.bytes() == 2 && self.rows().div_ceil(tile.rows) * tile.groups(columns) >= BUSY
     }
 
     /// Of the output. TMA cannot pay what an input owes.
@@ -272,7 +293,7 @@ impl PointwiseWork {
         if choice.way == Some(Way::Tma) && !self.comes_by_tma(input) {
             choice.way = Some(Way::Wgmma);
         }
-        self.tile(self.outputs, choice)
+        self.tile(self.outputs, input != InputKind::Plain, choice)
     }
 
     /// Whether TMA brings what fprop multiplies.
@@ -282,14 +303,35 @@ impl PointwiseWork {
 
     /// Of the gradient of the input.
     fn input_tile(&self) -> &'static Tile {
-        self.tile(self.x.c, self.choices.backward)
+        // Those of 256 columns are for both gradients.
+        let owing = self.weight_tile() == &Tile::BROAD;
+        self.tile(self.x.c, owing, self.choices.backward)
+    }
+
+    /// Of the same through a gate, whose five sums leave fewer registers.
+    fn gated_tile(&self) -> &'static Tile {
+        if self.dtype.bytes() == 2 { &Tile::LOW } else { &Tile::NARROW }
+    }
+
+    /// Of the gradient of the weights.
+    fn weight_tile(&self) -> &'static Tile {
+        let by_rule = || {
+            let inputs = self.x.c as u32;
+            let blocks = self.weight_grid_of(&Tile::BROAD, BROAD_WEIGHT_BLOCKS).blocks();
+            in_pairs(inputs) && self.fills(&Tile::BROAD, inputs) && blocks >= BUSY
+        };
+        match self.choices.backward.columns {
+            Some(columns) if columns == Tile::BROAD.columns => &Tile::BROAD,
+            None if by_rule() => &Tile::BROAD,
+            _ => &Tile::LOW,
+        }
     }
 
     /// Of the output.
-    fn forward_grid(&self) -> Grid {
-        let (tile, columns) = (self.forward_tile(InputKind::Plain), self.outputs as u32);
+    fn forward_grid(&self, input: InputKind) -> Grid {
+        let (tile, columns) = (self.forward_tile(input), self.outputs as u32);
         let blocks = self.choices.fprop.blocks.unwrap_or(BLOCKS);
-        Grid::aiming(blocks, self.rows().div_ceil(tile.rows), columns.div_ceil(tile.columns), RUNS)
+        Grid::aiming(blocks, self.rows().div_ceil(tile.rows), tile.groups(columns), RUNS)
     }
 
     /// Of the gradient of the input.
@@ -298,9 +340,14 @@ impl PointwiseWork {
     }
 
     fn weight_grid(&self) -> WeightGrid {
+        let tile = self.weight_tile();
+        let by_rule = if tile == &Tile::BROAD { BROAD_WEIGHT_BLOCKS } else { WEIGHT_BLOCKS };
+        self.weight_grid_of(tile, self.choices.backward.blocks.unwrap_or(by_rule))
+    }
+
+    fn weight_grid_of(&self, tile: &Tile, blocks: u32) -> WeightGrid {
         let step = step_elements(self.dtype.bytes());
-        let blocks = self.choices.backward.blocks.unwrap_or(WEIGHT_BLOCKS);
-        WeightGrid::aiming(blocks, self.rows(), self.outputs as u32, self.x.c as u32, step)
+        WeightGrid::aiming(blocks, self.rows(), [self.outputs as u32, self.x.c as u32], tile, step)
     }
 
     fn kernel(&self, operation: &str, tile: &Tile) -> String {
@@ -344,7 +391,7 @@ impl PointwiseWork {
 
     /// The launch of [`Pointwise::fprop`].
     pub fn fprop(&self, input: InputKind, output: OutputKind) -> Work {
-        let (tile, grid) = (self.forward_tile(input), self.forward_grid());
+        let (tile, grid) = (self.forward_tile(input), self.forward_grid(input));
         let (y, elements) = (self.tensor(self.outputs), self.x.with_channels(self.outputs).elements() as u64);
         let (owed, pay) = self.owed(input);
         let (extra, operations) = match output {
@@ -376,7 +423,7 @@ impl PointwiseWork {
         let (dx, elements) = (self.tensor(c), self.x.elements() as u64);
         let (gradient, pay) = self.gradient();
         let gated = output == GradientKind::Gated;
-        let tile = if gated { &Tile::NARROW } else { self.input_tile() };
+        let tile = if gated { self.gated_tile() } else { self.input_tile() };
         let operations = output_operations(output) * elements;
         let extra = match output {
             GradientKind::Plain { skip } => {
@@ -390,7 +437,10 @@ impl PointwiseWork {
             GradientKind::Gated => dx + 16 * c as u64 + 20 * (self.x.n * c) as u64,
         };
         Work {
-            kernel: self.gradient_kernel("dgrad", output),
+            kernel: match output {
+                GradientKind::Gated => format!("pointwise_dgrad_gated_{}", self.dtype),
+                GradientKind::Plain { .. } | GradientKind::Silu => self.kernel("dgrad", tile),
+            },
             grid: [grid.blocks(), 1, 1],
             shared: tile.shared(2),
             cost: Cost {
@@ -401,10 +451,11 @@ impl PointwiseWork {
         }
     }
 
-    fn gradient_kernel(&self, operation: &str, output: GradientKind) -> String {
-        match output {
-            GradientKind::Gated => format!("pointwise_{operation}_gated_{}", self.dtype),
-            GradientKind::Plain { .. } | GradientKind::Silu => self.kernel(operation, self.input_tile()),
+    fn backward_kernel(&self, output: GradientKind) -> String {
+        match (output, self.weight_tile()) {
+            (GradientKind::Gated, &Tile::BROAD) => format!("pointwise_backward_gated_broad_{}", self.dtype),
+            (GradientKind::Gated, _) => format!("pointwise_backward_gated_{}", self.dtype),
+            _ => self.kernel("backward", self.input_tile()),
         }
     }
 
@@ -412,9 +463,9 @@ impl PointwiseWork {
     fn gradient_grid(&self, output: GradientKind) -> Grid {
         match output {
             GradientKind::Gated => Grid {
-                tiles: self.pixels().div_ceil(Tile::NARROW.rows),
+                tiles: self.pixels().div_ceil(self.gated_tile().rows),
                 runs: self.x.n as u32,
-                groups: (self.x.c as u32).div_ceil(Tile::NARROW.columns),
+                groups: self.gated_tile().groups(self.x.c as u32),
             },
             GradientKind::Plain { .. } | GradientKind::Silu => self.input_grid(),
         }
@@ -472,12 +523,13 @@ impl PointwiseWork {
     fn wgrad_on(&self, grid: &WeightGrid, input: InputKind) -> Work {
         let ((gradient, pay), (owed, pay_input)) = (self.gradient(), self.owed(input));
         let weights = 8 * (self.x.c * self.outputs) as u64;
+        let partial = grid.partial(self.weight_tile()) as u64;
         Work {
-            kernel: self.kernel("wgrad", &Tile::WEIGHTS),
+            kernel: self.kernel("wgrad", self.weight_tile()),
             grid: [grid.blocks(), 1, 1],
-            shared: Tile::WEIGHTS.shared(2),
+            shared: self.weight_tile().shared(2),
             cost: Cost {
-                bytes: gradient + self.tensor(self.x.c) + owed + weights + 8 * grid.partial() as u64,
+                bytes: gradient + self.tensor(self.x.c) + owed + weights + 8 * partial,
                 tensor_operations: self.tensor_operations(),
                 operations: pay + pay_input,
             },
@@ -565,7 +617,7 @@ impl PointwiseWork {
     fn by_blocks_of_each(&self, grids: &BackwardGrids, input: InputKind, output: GradientKind) -> Work {
         let (dgrad, wgrad) = (self.dgrad_on(&grids.input, output), self.wgrad_on(&grids.weights, input));
         Work {
-            kernel: self.gradient_kernel("backward", output),
+            kernel: self.backward_kernel(output),
             grid: [grids.blocks(), 1, 1],
             shared: dgrad.shared.max(wgrad.shared),
             cost: dgrad.cost + wgrad.cost,
@@ -582,7 +634,9 @@ impl PointwiseWork {
 
     /// Floats of a [`Workspace`] that every launch does with, a backward in two passes or in those that are the better.
     pub fn workspace_floats(&self) -> usize {
-        let forward = 2 * self.forward_grid().runs as usize * self.outputs;
+        let inputs = [InputKind::Plain, InputKind::Silu];
+        let runs = inputs.map(|input| self.forward_grid(input).runs as usize).into_iter().fold(0, usize::max);
+        let forward = 2 * runs * self.outputs;
         let chosen =
             Self::KINDS.map(|(input, output)| self.floats(self.passes(input, output), input, output));
         chosen.into_iter().fold(forward.max(self.floats_in(Passes::Two)), usize::max)
@@ -606,8 +660,13 @@ impl PointwiseWork {
     /// Floats of partial results of both gradients, and counters.
     fn backward_workspace(&self, grids: &BackwardGrids, output: GradientKind) -> (usize, usize) {
         let (floats, groups) = self.gradient_workspace(&grids.input, output);
-        (floats + grids.weights.partial(), groups + grids.weights.counters())
+        (floats + grids.weights.partial(self.weight_tile()), groups + grids.weights.counters())
     }
+}
+
+/// Whether tiles of 256 columns are no more products than those of 128.
+const fn in_pairs(columns: u32) -> bool {
+    Tile::WIDE.groups(columns) == 2 * Tile::BROAD.groups(columns)
 }
 
 /// Bytes of the two partial sums of each run and column, written and read.
@@ -629,8 +688,8 @@ const fn output_operations(output: GradientKind) -> u64 {
 pub struct Pointwise<T> {
     device: Device,
     work: PointwiseWork,
-    fprop: Kernel,
-    fprop_by_tma: Option<Kernel>,
+    /// Of an input as it lies, and of one that owes something.
+    fprop: [Kernel; 2],
     dgrad: Kernel,
     gated: Kernel,
     wgrad: Kernel,
@@ -682,11 +741,10 @@ impl<T: RawElement> Pointwise<T> {
         Ok(Self {
             device: device.clone(),
             work,
-            fprop: load(device, &work.fprop(InputKind::Silu, OutputKind::Plain))?,
-            fprop_by_tma: match work.comes_by_tma(InputKind::Plain) {
-                true => Some(load(device, &work.fprop(InputKind::Plain, OutputKind::Plain))?),
-                false => None,
-            },
+            fprop: [
+                load(device, &work.fprop(InputKind::Plain, OutputKind::Plain))?,
+                load(device, &work.fprop(InputKind::Silu, OutputKind::Plain))?,
+            ],
             dgrad: load(device, &work.dgrad(GradientKind::Plain { skip: false }))?,
             gated: load(device, &work.dgrad(GradientKind::Gated))?,
             wgrad: load(device, &work.wgrad(InputKind::Plain))?,
@@ -734,7 +792,7 @@ impl<T: RawElement> Pointwise<T> {
         operands.write("y", y, y_shape.elements())?;
         output.check(&mut operands, y_shape)?;
         let work = self.work.fprop(input.kind(), output.kind());
-        let grid = self.work.forward_grid();
+        let grid = self.work.forward_grid(input.kind());
         workspace.check(OPERATION, 2 * grid.runs as usize * y_shape.c, grid.groups as usize)?;
 
         let to = ForwardArgument { y: address(y, stream), bias: 0, skip: 0, silu: 0, moments: 0 };
@@ -751,19 +809,21 @@ impl<T: RawElement> Pointwise<T> {
         };
         let outputs = y_shape.c as u32;
         let (mut partial, mut counters) = (workspace.partial.as_view_mut(), workspace.counters.as_view_mut());
-        if let (Some(kernel), Input::Plain(matrix)) = (&self.fprop_by_tma, input) {
+        let [as_it_lies, owing] = &self.fprop;
+        if let (Input::Plain(matrix), true) = (input, self.work.comes_by_tma(input.kind())) {
             let tile = self.work.forward_tile(InputKind::Plain);
             let (pixels, inputs) = (self.work.rows(), x.c as u32);
             let map = TensorMap::rows_of_64_bytes(stream, matrix, [x.pixels(), x.c], tile.rows)?;
             let weights = TensorMap::rows_of_64_bytes(stream, weight, [y_shape.c, x.c], tile.columns)?;
-            let mut launch = kernel.on(stream);
+            let mut launch = as_it_lies.on(stream);
             launch.value(&map).value(&weights).value(&to).value(&pixels).value(&inputs).value(&outputs);
             launch.value(&grid).value(&norm).output(&mut partial).output(&mut counters);
             // SAFETY: as below; the maps are of x and the weights, with the boxes of the kernel's tile.
             return unsafe { launch.run(work.grid, work.shared, format_args!("{x} to {outputs} channels")) };
         }
+        let kernel = if input.kind() == InputKind::Plain { as_it_lies } else { owing };
         let input = InputArgument::new(&input, stream, self.work.rows(), x.c as u32, self.work.pixels());
-        let mut launch = self.fprop.on(stream);
+        let mut launch = kernel.on(stream);
         launch.value(&input).input(weight).value(&to).value(&outputs).value(&grid).value(&norm);
         launch.output(&mut partial).output(&mut counters);
         // SAFETY: all buffers have their shapes, whose channels are multiples of 8, and what is written overlaps nothing.
@@ -1043,7 +1103,7 @@ fn launch_wgrad(
     workspace: &mut Workspace,
 ) -> Result<()> {
     let grid = work.weight_grid();
-    workspace.check(OPERATION, grid.partial(), grid.counters())?;
+    workspace.check(OPERATION, grid.partial(work.weight_tile()), grid.counters())?;
     let launched = work.wgrad(input);
     let (mut partial, mut counters) = (workspace.partial.as_view_mut(), workspace.counters.as_view_mut());
     let mut launch = kernel.on(stream);
@@ -1194,7 +1254,7 @@ impl<T: RawElement> Classifier<T> {
         let (y, bias) = (address(logits, stream), address(bias, stream));
         let to = ForwardArgument { y, bias, skip: 0, silu: 0, moments: 0 };
         let work = self.work.fprop();
-        let (grid, columns) = (products.forward_grid(), classes as u32);
+        let (grid, columns) = (products.forward_grid(InputKind::Plain), classes as u32);
         let norm = NormFinish::default();
         let mut launch = self.fprop.on(stream);
         launch.value(&input).input(weight).value(&to).value(&columns).value(&grid).value(&norm).null().null();

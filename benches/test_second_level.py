@@ -21,7 +21,7 @@ class SecondLevel(unittest.TestCase):
         for slower in (0.8, 1.0, 1.25):
             (before,), _ = from_memory(layer, layer.one_after_the_other(), slower, capacities=(capacity,))
             (windows,), _ = from_memory(layer, layer.in_windows(), slower, capacities=(capacity,))
-            self.assertGreater(before, 1.9)
+            self.assertGreater(before, 1.85)
             self.assertLess(windows, 1.5)
 
 

@@ -3,9 +3,10 @@
 // x, W, y and gradients of x and y are of type T, f32, f16 or bf16; everything else, dW too, is f32, and so are all sums,
 // in a fixed order; kernels in tf32 are those of f32 with their products on tensor cores. Channels are multiples of 8,
 // arrays aligned to 16 bytes. x owes what GemmInput says (SiLU of a normalisation, a gate), the gradient of y what
-// GemmGradient says (batch norm's backward, stochastic depth); both are paid on load. The mainloop is gemm.cuh: 128 x 128
-// (wide), 128 x 64 (narrow) or, for dW, 64 x 128 tiles; f16 and bf16 on tensor cores, f32 in plain arithmetic or in tf32.
-// Each is 2 * pixels * inputs * outputs operations. In kernels of wgmma128 and wgmma64 warpgroups multiply, in the tiles of
+// GemmGradient says (batch norm's backward, stochastic depth); both are paid on load. The mainloop is gemm.cuh: tiles
+// of 128 x 128 (wide), 128 x 64 (narrow), 64 x 128 (low) and 64 x 256 (broad), f16 and bf16 on tensor cores, f32 in plain
+// arithmetic or in tf32. What rows owe is paid for each tile, so the fewer rows and the more columns, the less. Each is
+// 2 * pixels * inputs * outputs operations. In kernels of wgmma128 and wgmma64 warpgroups multiply, in the tiles of
 // wide and narrow, but for dW; they run on sm_90a alone. The gradient of x has no wide ones: with 128 columns its epilogue
 // finds too few registers, since wgmma's accumulators lie side by side. In those of tma128 and tma64 TMA brings what warpgroups
 // multiply, x as it lies: of the launch's maps the boxes are bm and bn rows of 64 bytes.

@@ -4,12 +4,12 @@
 //! What a tensor still owes is paid while it is read ([`Input`], [`GradientView`]), and what batch norm needs of a tensor
 //! is taken while it is written ([`Output`], [`GradientOutput`]).
 //!
-//! Tiles. A block computes 128 rows (pixels) and 128 or 64 columns (channels) at a time, or 64 rows and 256 columns. f32 and tf32
-//! have 64 columns; so have f16 and bf16 where there are no more, or where 128 would leave fewer than 132 blocks for the
-//! GPU. Otherwise 128: the rows are then read, and what they owe is computed, half as often. Where rows owe something and
-//! 256 columns are no more products than twice 128, it is 256, for the same reason. Weight gradients are computed in tiles of 64 outputs × 128
-//! inputs, or 256 by the same rule, the pixels being cut so that there are about 528 blocks, or 396 of the larger ones. All of
-//! it follows from the shape, so results are the same on every GPU, unless a [tuning](super::tuning) chooses otherwise.
+//! Tiles. A block computes 128 rows (pixels) and 128 or 64 columns (channels) at a time, or 64 rows and 256 columns. f32 and
+//! tf32 have 64 columns; so have f16 and bf16 where there are no more, or where 128 would leave fewer than 132 blocks for the
+//! GPU. Otherwise 128: the rows are then read, and what they owe is computed, half as often; or, where they owe something and
+//! 256 columns are no more products than twice 128, 256. Weight gradients are computed in tiles of 64 outputs × 128 inputs, or
+//! 256 by the same rule, the pixels being cut so that there are about 528 blocks, or 396 of the larger ones. All of it
+//! follows from the shape, so results are the same on every GPU, unless a [tuning](super::tuning) chooses otherwise.
 //!
 //! Both gradients come of one launch. It reads what they are made of once ([`Passes::One`], `pointwise_one_pass`) where
 //! channels are few enough and that moves clearly fewer bytes, partial results and what column groups read again included.

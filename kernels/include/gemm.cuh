@@ -33,7 +33,7 @@
 //     void transform(float (&x)[4], const float (&second)[4], const Row&, const Columns&) const;
 //
 // row() is asked once for each row tile where r is a row of the operand, and in every step where it is a k, for a
-// WarpgroupTile, or if the loader transforms and does not keep rows; place() and columns() in every step. Everything comes
+// WarpgroupTile or more than two rows a thread, or if the loader transforms and does not keep rows; place() and columns() in every step. Everything comes
 // by cp.async, `stages - 1` steps ahead, without a register held; a loader that transforms does it in shared memory one
 // step before the product, each thread the pieces that it fetched, so that no barrier is added and a value is made once
 // for a block. What is outside stays zero: transform() never sees it. GemmMatrix below is the loader of a plain matrix.
@@ -243,8 +243,9 @@ template <class Tile, Major major, unsigned width, class Loader> struct Operand 
     static_assert(step % 8 == 0, "pieces of one thread are swizzled alike");
 
     const Loader& loader;
-    /// Of the tile that is being fetched, where memory rows are the operand's. A WarpgroupTile has no registers left for it.
-    static constexpr bool enters = major == Major::k && !by_warpgroups<Tile>;
+    /// Of the tile that is being fetched, where memory rows are the operand's and few. A WarpgroupTile has no registers left
+    /// for it.
+    static constexpr bool enters = major == Major::k && count <= 2 && !by_warpgroups<Tile>;
     Row fetched[enters ? count : 1];
     /// Of the tile that is being transformed, if its loader likes them kept.
     static constexpr bool keeps = major == Major::k && keeps_rows<Loader>();

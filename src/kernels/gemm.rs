@@ -83,7 +83,7 @@ impl Tile {
         STAGES * stage + warps * turn_rows * (warp_columns + 8) * 4 + barriers
     }
 
-    /// The same with the pivots of `ForwardEpilogue`.
+    /// The same with the pivots of `MomentsEpilogue`.
     pub(super) const fn shared_forward(&self) -> u32 {
         self.shared(1) + self.warp_rows * self.columns * 4
     }
@@ -308,7 +308,8 @@ impl WeightGrid {
 
     /// Floats of partial tiles, which are those of `tile`.
     pub(super) const fn partial(&self, tile: &Tile) -> usize {
-        if self.splits == 1 { 0 } else { (self.blocks() * tile.rows * tile.columns) as usize }
+        let of_tile = (tile.rows * tile.columns) as usize;
+        if self.splits == 1 { 0 } else { self.blocks() as usize * of_tile }
     }
 
     pub(super) const fn counters(&self) -> usize {

@@ -97,7 +97,7 @@ template <unsigned count> __device__ __forceinline__ void wgmma_settle(float (&a
 #endif
 }
 
-/// Lets wgmma see what this thread has written to shared memory, as soon as a barrier has ordered the two.
+/// Lets wgmma and TMA see what this thread has written to shared memory, as soon as a barrier has ordered the two.
 __device__ __forceinline__ void fence_proxy_async_shared() {
 #ifdef __CUDACC__
 #if __CUDA_ARCH__ >= 900
